@@ -1,0 +1,64 @@
+"""Stage 1 of SD-Zero: the Generator answers.
+
+    y_init ~ π_base(· | x)
+
+problems → responses.jsonl: a row an answer, with the problem's fields and {sample, response, response_ids, finished}. The losses read
+`response_ids`; `response` is for people and the verifier. `finished` is false where the answer was cut at --max-new-tokens.
+Answers are written in order, a batch at a time; after an interruption the same command goes on where it stopped, to the same file.
+
+    python 01_generate.py
+    python 01_generate.py --model Qwen/Qwen3-4B-Instruct-2507 --data open-r1/OpenR1-Math-220k --limit 10000 --max-new-tokens 16384
+"""
+
+import time
+
+from tqdm import tqdm
+
+from common import (append_jsonl, arguments, claim, die, end_ids, finish, load_model, load_problems, load_tokenizer, pick_device, positive,
+                    problem_file, prompt_ids, row_seed, sample)
+
+
+def main(argv=None):
+    p = arguments(__doc__)
+    g = p.add_argument_group("generation")
+    g.add_argument("--split", default="train", help="split of --data (default: train)")
+    g.add_argument("--responses", default=None, help="file to write (default: OUT/responses.jsonl)")
+    g.add_argument("--n", default=1, type=positive, help="answers a problem [paper: 1]")
+    g.add_argument("--max-new-tokens", default=320, type=positive, help="(default: 320) [paper: 16384]")
+    g.add_argument("--temperature", default=1.0, type=float, help="0 is greedy (default: 1.0) [paper: 0.7; official code: 1.0]")
+    g.add_argument("--batch-rows", default=256, type=positive, help="answers sampled at once; does not change them")
+    p.set_defaults(limit=2000)
+    args = p.parse_args(argv)
+    path = args.responses or args.out / "responses.jsonl"
+
+    # ---- problems and what is already there
+    problems = load_problems(args.data, args.split, args.limit)
+    tokenizer = load_tokenizer(args.model)
+    done, _ = claim(path, args, {"model": args.model, "data": problem_file(args.data, args.split)},
+                    ("split", "limit", "seed", "n", "max_new_tokens", "temperature"), ("id", "sample", "response_ids", "finished"))
+    tasks = [(x, k) for x in problems for k in range(args.n)]
+    if [(r["id"], r["sample"]) for r in done] != [(x["id"], k) for x, k in tasks[:len(done)]]:
+        die(f"{path} does not hold these problems in their order; --overwrite makes it again")
+
+    # ---- sample
+    began, device = time.time(), pick_device(args.device)
+    model = load_model(args.model, tokenizer, device)
+    progress, finished, tokens = tqdm(total=len(tasks), initial=len(done), desc="generate", unit="answer"), 0, 0
+    for b in range(len(done), len(tasks), args.batch_rows):
+        batch = tasks[b:b + args.batch_rows]
+        answers = sample(model, tokenizer, [prompt_ids(tokenizer, x["problem"]) for x, _ in batch],
+                         [row_seed(args.seed, "generate", x["id"], k) for x, k in batch],
+                         args.max_new_tokens, args.temperature, args.batch_rows)
+        rows = [{**x, "sample": k, "response": tokenizer.decode(y, skip_special_tokens=True), "response_ids": y,
+                 "finished": y[-1] in end_ids(model)} for (x, k), y in zip(batch, answers)]
+        append_jsonl(path, rows)
+        finished, tokens = finished + sum(r["finished"] for r in rows), tokens + sum(map(len, answers))
+        progress.update(len(batch))
+        progress.set_postfix(finished=f"{finished / (progress.n - len(done)):.0%}", tokens=f"{tokens / (progress.n - len(done)):.0f}")
+    progress.close()
+    finish(path, began, answers=len(tasks), sampled_now=len(tasks) - len(done))
+    print(f"{path}: {len(tasks)} answers to {len(problems)} problems")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Stage 2 of SD-Zero: one bit an answer.
+
+    r = 1[answer(y_init) = a]
+
+responses.jsonl → verified.jsonl: every row again with {reward, verdict, extracted}. The answer is the content of the last \\boxed{}, and
+math-verify decides whether it equals the reference. `verdict` tells the ways to fail apart: wrong, no_answer, timeout, error. Needs no
+model and no GPU. The same verifier grades revisions, distillation and evaluation.
+
+    python 02_verify.py
+    python 02_verify.py --responses my_answers.jsonl --verified my_rewards.jsonl
+"""
+
+import time
+from collections import Counter
+from pathlib import Path
+
+from tqdm import tqdm
+
+from common import append_jsonl, arguments, claim, die, finish, read_jsonl, verify
+
+
+def main(argv=None):
+    p = arguments(__doc__)
+    g = p.add_argument_group("verification")
+    g.add_argument("--responses", default=None, help="file to read (default: OUT/responses.jsonl)")
+    g.add_argument("--verified", default=None, help="file to write (default: OUT/verified.jsonl)")
+    args = p.parse_args(argv)
+    source, path = args.responses or args.out / "responses.jsonl", Path(args.verified or args.out / "verified.jsonl")
+
+    rows = read_jsonl(source, ("id", "problem", "answer", "response", "response_ids", "finished"), "python 01_generate.py")
+    done, _ = claim(path, args, {"responses": source}, ("limit",), ("id", "reward", "verdict"))
+    began, verdicts = time.time(), Counter(r["verdict"] for r in done)
+    progress = tqdm(rows[len(done):args.limit], initial=len(done), total=len(rows[:args.limit]), desc="verify", unit="answer")
+    for row in progress:
+        reward, verdict, extracted = verify(row, row["response"])
+        append_jsonl(path, [{**row, "reward": reward, "verdict": verdict, "extracted": extracted}])
+        verdicts[verdict] += 1
+    finish(path, began, **verdicts)
+
+    n = sum(verdicts.values())
+    if verdicts["error"] + verdicts["timeout"] > n / 2:
+        die(f"{path}: {verdicts['error']} errors and {verdicts['timeout']} timeouts in {n} answers: the rewards mean nothing; look at 'answer' in {source}")
+    cut = sum(not r["finished"] for r in rows[:args.limit])
+    print(f"{path}: {n} answers, accuracy {verdicts['correct'] / n:.1%}, finished {1 - cut / n:.1%}, no answer {verdicts['no_answer'] / n:.1%}"
+          + "".join(f", {k} {verdicts[k]}" for k in ("timeout", "error") if verdicts[k]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Stage 3 of SD-Zero, Self-Revision Training (SRT): the Reviser revises, and the base learns from what proved right.
+
+    collect   y_revised ~ π_base(· | x, y_init, P_r),   keep (x, y_init, P_r, y_revised) only where y_revised is verified correct
+    train     L_SRT = L_revision + L_generation
+              L_revision   = mean over tokens of  -log π_θ(y_revised | x, y_init, P_r)
+              L_generation = mean over tokens of  -log π_θ([y_init, P_r, y_revised] | x)
+
+verified.jsonl → revisions.jsonl: a row a revision, with {p_r, revised, revised_ids, revised_finished, revised_reward, revised_verdict,
+kept}; `kept` is "yes" or the reason why not. Then → srt/, the model θ_SRT, and srt.jsonl, a row an optimiser step.
+A wrong y_init stays in the context: it is information, not noise. The first copy of y carries no end token. Unlike the official code:
+one summed loss instead of two stages of SFT, and revisions of right answers are used too.
+
+    python 03_revise_sft.py
+    python 03_revise_sft.py --objective generation --out runs/generation_only --verified runs/demo/verified.jsonl
+"""
+
+import math
+import random
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from common import (append_jsonl, arguments, autocast, claim, completion_logits, die, end_ids, finish, load_model,
+                    load_tokenizer, pick_device, positive, prompt_ids, read_jsonl, revision_ids, row_seed, sample, save_model, verify)
+
+
+# ---------------------------------------------------------------- collecting revisions
+
+def revision_tasks(rows, n_wrong, n_right):
+    """(verified row, number of the revision) in order; rows whose y_init was cut get none."""
+    return [(row, k) for row in rows if row["finished"] for k in range(n_right if row["reward"] else n_wrong)]
+
+
+def collect(path, rows, done, model, tokenizer, args):
+    """Sample and verify revisions, appending to `path`; returns all of its rows."""
+    p_r = {1: args.p_r_right, 0: args.p_r_wrong}
+    tasks = revision_tasks(rows, args.revisions_wrong, args.revisions_right)
+    if [(r["id"], r["sample"], r["revision"]) for r in done] != [(r["id"], r["sample"], k) for r, k in tasks[:len(done)]]:
+        die(f"{path} does not hold the revisions of these answers in their order; --overwrite makes it again")
+    seen = {(r["id"], r["sample"], tuple(r["revised_ids"])) for r in done if r["kept"] == "yes"}
+    progress, kept = tqdm(total=len(tasks), initial=len(done), desc="revise", unit="revision"), Counter(r["kept"] for r in done)
+    for b in range(len(done), len(tasks), args.batch_rows):
+        batch = tasks[b:b + args.batch_rows]
+        prefixes = [revision_ids(tokenizer, r["problem"], r["response_ids"], r["reward"], p_r) for r, _ in batch]
+        seeds = [row_seed(args.seed, "revise", r["id"], r["sample"], k) for r, k in batch]
+        out = []
+        for (row, k), ids in zip(batch, sample(model, tokenizer, prefixes, seeds, args.max_new_tokens, args.temperature, args.batch_rows)):
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            reward, verdict, _ = verify(row, text)
+            key = (row["id"], row["sample"], tuple(ids))
+            why = ("revision cut" if ids[-1] not in end_ids(model) else "revision " + verdict if not reward
+                   else "duplicate" if key in seen else "yes")
+            if why == "yes":
+                seen.add(key)
+            kept[why] += 1
+            out.append({**row, "revision": k, "p_r": p_r[row["reward"]], "revised": text, "revised_ids": ids, "revised_finished": ids[-1] in end_ids(model),
+                        "revised_reward": reward, "revised_verdict": verdict, "kept": why})
+        append_jsonl(path, out)
+        done = done + out
+        progress.update(len(batch))
+        progress.set_postfix(kept=kept["yes"])
+    progress.close()
+    return done
+
+
+# ---------------------------------------------------------------- the two losses
+
+def sequences(row, tokenizer, objective, p_r):
+    """The (prefix, completion) pairs of a kept tuple: {"revision": ..., "generation": ...}, or one of the two."""
+    prefix = prompt_ids(tokenizer, row["problem"])
+    reviser = revision_ids(tokenizer, row["problem"], row["response_ids"], row["reward"], p_r)
+    pairs = {"revision": (reviser, row["revised_ids"]),                                     # [x, y_init, P_r] → y_revised
+             "generation": (prefix, reviser[len(prefix):] + row["revised_ids"])}            # [x] → [y_init, P_r, y_revised]
+    return pairs if objective == "srt" else {objective: pairs[objective]}
+
+
+def srt_loss(model, batch, tokens):
+    """Part of L_SRT that these rows make up: each loss is a sum over its tokens, over `tokens`[name], its tokens in the whole step."""
+    total = 0.0
+    for name in tokens:
+        prefixes, completions = zip(*(pairs[name] for pairs in batch))
+        logits = completion_logits(model, prefixes, completions)                            # [N, V]
+        targets = torch.tensor([t for c in completions for t in c], device=logits.device)   # [N]
+        total = total + F.cross_entropy(logits.float(), targets, reduction="sum") / tokens[name]
+    return total
+
+
+def main(argv=None):
+    p = arguments(__doc__)
+    g = p.add_argument_group("collection")
+    g.add_argument("--verified", default=None, help="file to read (default: OUT/verified.jsonl)")
+    g.add_argument("--revisions", default=None, help="file to write (default: OUT/revisions.jsonl)")
+    g.add_argument("--revisions-wrong", default=4, type=int, help="revisions of a wrong answer (default: 4) [paper: 3]")
+    g.add_argument("--revisions-right", default=1, type=int, help="revisions of a right answer (default: 1) [paper: 3; official code: 0]")
+    g.add_argument("--max-new-tokens", default=320, type=positive, help="(default: 320) [paper: 16384]")
+    g.add_argument("--temperature", default=1.0, type=float, help="(default: 1.0) [paper: 0.7; official code: 1.0 with top-p 0.9]")
+    g.add_argument("--batch-rows", default=256, type=positive, help="answers sampled at once; does not change them")
+    g = p.add_argument_group("training")
+    g.add_argument("--srt", default=None, help="model folder to write (default: OUT/srt)")
+    g.add_argument("--objective", default="srt", choices=["srt", "revision", "generation"], help="srt is the sum of the other two")
+    g.add_argument("--epochs", default=3, type=positive, help="(default: 3) [paper: 3]")
+    g.add_argument("--lr", default=2e-4, type=float, help="peak; cosine with 5%% warm-up (default: 2e-4) [paper: 5e-6]")
+    g.add_argument("--batch-size", default=32, type=positive, help="tuples a step (default: 32)")
+    g.add_argument("--micro-batch", default=32, type=positive, help="tuples a forward pass; does not change the gradient")
+    args = p.parse_args(argv)
+    source, path = args.verified or args.out / "verified.jsonl", Path(args.revisions or args.out / "revisions.jsonl")
+    srt = Path(args.srt or args.out / "srt")
+
+    # ---- collect revisions from the base
+    rows = read_jsonl(source, ("id", "sample", "problem", "answer", "response_ids", "finished", "reward"), "python 02_verify.py")[:args.limit]
+    tokenizer, began, device = load_tokenizer(args.model), time.time(), pick_device(args.device)
+    done, _ = claim(path, args, {"verified": source, "model": args.model},
+                    ("limit", "seed", "p_r_right", "p_r_wrong", "revisions_wrong", "revisions_right", "max_new_tokens", "temperature"),
+                    ("id", "sample", "revision", "revised_ids", "kept"))
+    model = load_model(args.model, tokenizer, device)
+    rows = collect(path, rows, done, model, tokenizer, args)
+    counts = Counter(r["kept"] for r in rows)
+    kept = [r for r in rows if r["kept"] == "yes"]
+    finish(path, began, **counts)
+    print(f"{path}: {len(kept)} of {len(rows)} kept, {sum(r['reward'] == 0 for r in kept)} of them after a wrong answer; {dict(counts)}")
+    if not kept:
+        die(f"{path}: no revision was verified correct, so there is nothing to train on: more problems, or a stronger base")
+
+    # ---- train on L_SRT
+    _, complete = claim(srt, args, {"revisions": path, "model": args.model},
+                        ("seed", "p_r_right", "p_r_wrong", "objective", "epochs", "lr", "batch_size"))
+    if complete:
+        return print(f"{srt} is there already")
+    began, (context, dtype) = time.time(), autocast(device)
+    log = srt.with_suffix(".jsonl")
+    log.unlink(missing_ok=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=1e-4)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    examples = [sequences(r, tokenizer, args.objective, {1: args.p_r_right, 0: args.p_r_wrong}) for r in kept]
+    rng, batches = random.Random(args.seed), []
+    for _ in range(args.epochs):
+        order = rng.sample(examples, len(examples))
+        batches += [order[b:b + args.batch_size] for b in range(0, len(order), args.batch_size)]
+    model.train()
+    progress = tqdm(batches, desc="SRT", unit="step")
+    for step, batch in enumerate(progress):
+        warm_up = max(1, len(batches) // 20)
+        lr = args.lr * min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * max(0, step - warm_up) / len(batches)))
+        optimizer.param_groups[0]["lr"] = lr
+        tokens = {name: sum(len(pairs[name][1]) for pairs in batch) for name in batch[0]}
+        loss = 0.0
+        for b in range(0, len(batch), args.micro_batch):
+            with context():
+                part = srt_loss(model, batch[b:b + args.micro_batch], tokens)
+            scaler.scale(part).backward()
+            loss += part.item()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        append_jsonl(log, [{"step": step, "loss": loss, "lr": lr, "gradient_norm": norm, "tokens": tokens}])
+        progress.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}")
+    save_model(model, tokenizer, srt)
+    finish(srt, began, tuples=len(kept), steps=len(batches))
+    print(f"{srt}: trained on {len(kept)} tuples, {len(batches)} steps, last loss {loss:.3f}")
+
+
+if __name__ == "__main__":
+    main()

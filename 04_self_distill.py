@@ -1,0 +1,166 @@
+"""Stage 4 of SD-Zero, on-policy self-distillation: the Reviser teaches the Generator, token by token.
+
+    y ~ π_θ(· | x),  r = verify(y, a)
+    L(θ) = Σ_t D_KL( π_θ(· | x, y_<t) ‖ π_SRT(· | x, y, P_r, y_<t) )          over the full vocabulary, in float32
+
+    student   chat(x) + y
+                        ▔ loss: every token of y, its end token too
+    teacher   chat(x) + y (no end token) + "\\n\\n" P_r "\\n\\n" + y
+                                                               ▔ the same tokens of the second y
+
+The teacher has read the whole answer and whether it was right; the student has not. That is all the supervision there is: one bit an
+answer becomes a distribution at every token. The gradient goes through the student only, and not through sampling. The teacher is frozen
+at θ_SRT; each further round starts with teacher := student.
+srt/ + problems that phase 1 did not use → sd_zero/, and distill.jsonl, a row an optimiser step.
+
+    python 04_self_distill.py
+    python 04_self_distill.py --srt data/base --out runs/no_srt --verified runs/demo/verified.jsonl   # phase 2 without phase 1
+"""
+
+import random
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from common import (append_jsonl, arguments, autocast, claim, completion_logits, die, end_ids, finish, load_model, load_problems,
+                    load_tokenizer, pick_device, positive, problem_file, prompt_ids, read_jsonl, revision_ids, row_seed, sample, save_model,
+                    verify)
+
+
+def token_kl(student_logits, teacher_logits, kind="reverse"):
+    """KL at each position, summed over the vocabulary: [..., V], [..., V] → [...], in float32 (or wider), no T² factor.
+
+    reverse is KL(student‖teacher), the paper's; forward is KL(teacher‖student); mixed is half of each.
+    """
+    wide = torch.promote_types(student_logits.dtype, torch.float32)
+    log_s = student_logits.to(wide).log_softmax(-1)
+    log_t = teacher_logits.to(wide).log_softmax(-1)
+    reverse = (log_s.exp() * (log_s - log_t)).sum(-1)
+    if kind == "reverse":
+        return reverse
+    forward = (log_t.exp() * (log_t - log_s)).sum(-1)
+    return forward if kind == "forward" else 0.5 * forward + 0.5 * reverse
+
+
+def batches_of(problems, steps, size, seed):
+    """`steps` batches of problems: shuffled passes over all of them, one after another."""
+    rng, queue = random.Random(seed), []
+    for _ in range(steps):
+        while len(queue) < size:
+            queue += rng.sample(problems, len(problems))
+        yield queue[:size]
+        queue = queue[size:]
+
+
+def show(row, kl, tokenizer):
+    """A whole sample, each token followed by its KL where that is at least 0.1 nats."""
+    text = "".join(tokenizer.decode([t]) + (f"⟨{k:.1f}⟩" if k >= 0.1 else "") for t, k in zip(row["response_ids"], kl))
+    tqdm.write(f"\n── {row['problem']}  [a = {row['answer']}, r = {row['reward']}, KL {sum(kl):.2f}]\n{text}\n")
+
+
+def main(argv=None):
+    p = arguments(__doc__)
+    g = p.add_argument_group("files")
+    g.add_argument("--split", default="train", help="split of --data (default: train)")
+    g.add_argument("--verified", default=None, help="phase 1's answers; their problems are left out (default: OUT/verified.jsonl)")
+    g.add_argument("--srt", default=None, help="student at the start, and teacher (default: OUT/srt)")
+    g.add_argument("--sd-zero", default=None, help="model folder to write (default: OUT/sd_zero)")
+    g.add_argument("--distill", default=None, help="file of metrics to write (default: OUT/distill.jsonl)")
+    g = p.add_argument_group("distillation")
+    g.add_argument("--steps", default=60, type=positive, help="optimiser steps a round (default: 60)")
+    g.add_argument("--rounds", default=1, type=positive, help="rounds; after each, teacher := student (default: 1)")
+    g.add_argument("--batch-size", default=64, type=positive, help="problems a step, one answer each (default: 64) [paper: 128]")
+    g.add_argument("--micro-batch", default=32, type=positive, help="answers a forward pass; does not change the gradient")
+    g.add_argument("--kl", default="reverse", choices=["reverse", "forward", "mixed"], help="(default: reverse, the paper's) [official code: mixed]")
+    g.add_argument("--lr", default=1e-4, type=float, help="constant after warm-up (default: 1e-4) [paper: 5e-6]")
+    g.add_argument("--warm-up", default=5, type=positive, help="steps of linear warm-up (default: 5) [paper: 20]")
+    g.add_argument("--max-new-tokens", default=320, type=positive, help="(default: 320) [paper: 8192]")
+    g.add_argument("--temperature", default=1.0, type=float, help="of sampling; only 1.0 is on-policy (default: 1.0) [paper: 0.7]")
+    g.add_argument("--show-every", default=20, type=positive, help="print two samples with their KL every so many steps (default: 20)")
+    args = p.parse_args(argv)
+    verified, srt = args.verified or args.out / "verified.jsonl", args.srt or args.out / "srt"
+    folder, log = Path(args.sd_zero or args.out / "sd_zero"), Path(args.distill or args.out / "distill.jsonl")
+    p_r = {1: args.p_r_right, 0: args.p_r_wrong}
+
+    # ---- other problems than phase 1's
+    used = {r["id"] for r in read_jsonl(verified, ("id",), "python 02_verify.py")}
+    problems = [x for x in load_problems(args.data, args.split) if x["id"] not in used][:args.limit]
+    if not problems:
+        die(f"{problem_file(args.data, args.split)}: phase 1 used all of its problems; give 01_generate.py a smaller --limit")
+    if not Path(srt).exists() and args.srt is None:
+        die(f"{srt} does not exist; run first: python 03_revise_sft.py")
+    tokenizer, began, device = load_tokenizer(srt), time.time(), pick_device(args.device)
+    inputs = {"srt": srt, "data": problem_file(args.data, args.split), "verified": verified}
+    settings = ("split", "limit", "seed", "p_r_right", "p_r_wrong", "steps", "rounds", "batch_size", "kl", "lr", "warm_up", "max_new_tokens", "temperature")
+    claim(log, args, inputs, settings)
+    if claim(folder, args, inputs, settings)[1]:
+        return print(f"{folder} is there already")
+    log.unlink(missing_ok=True)
+
+    # ---- student and teacher start from the same weights and share none
+    context, dtype = autocast(device)
+    student, teacher = load_model(srt, tokenizer, device), load_model(srt, tokenizer, device, dtype)
+    teacher.requires_grad_(False)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.01)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    steps = args.steps * args.rounds
+    progress = tqdm(batches_of(problems, steps, args.batch_size, args.seed), total=steps, desc="distill", unit="step")
+    for step, batch in enumerate(progress):
+        if step and step % args.steps == 0:
+            teacher.load_state_dict(student.state_dict())
+
+        # ---- sample on-policy, verify
+        prompts = [prompt_ids(tokenizer, x["problem"]) for x in batch]
+        seeds = [row_seed(args.seed, "distill", x["id"], step) for x in batch]
+        answers = sample(student, tokenizer, prompts, seeds, args.max_new_tokens, args.temperature)
+        rows = []
+        for x, y in zip(batch, answers):
+            reward, verdict, _ = verify(x, tokenizer.decode(y, skip_special_tokens=True))
+            rows.append({**x, "response_ids": y, "reward": reward, "verdict": verdict})
+
+        # ---- teacher, student, KL: a sum over tokens, divided by the tokens of the whole step
+        student.train()
+        tokens, lr, token_kls = sum(map(len, answers)), args.lr * min(1.0, (step + 1) / args.warm_up), []
+        optimizer.param_groups[0]["lr"] = lr
+        for b in range(0, len(rows), args.micro_batch):
+            part, y = rows[b:b + args.micro_batch], answers[b:b + args.micro_batch]
+            with context():
+                with torch.no_grad():
+                    t_logits = completion_logits(teacher, [revision_ids(tokenizer, r["problem"], r["response_ids"], r["reward"], p_r) for r in part], y)
+                s_logits = completion_logits(student, prompts[b:b + args.micro_batch], y)       # [N, V], aligned with t_logits
+            kl = token_kl(s_logits, t_logits, args.kl)                                          # [N]
+            scaler.scale(kl.sum() / tokens).backward()
+            token_kls += [k.tolist() for k in kl.detach().split([len(a) for a in y])]
+
+        # ---- step
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0).item()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+        # ---- what happened
+        mean = lambda values: sum(values) / len(values) if values else None
+        metrics = {"round": step // args.steps, "step": step, "accuracy": mean([r["reward"] for r in rows]), "kl": sum(map(sum, token_kls)) / tokens,
+                   **{f"kl_r{bit}": mean([k for r, ks in zip(rows, token_kls) if r["reward"] == bit for k in ks]) for bit in (0, 1)},
+                   "kl_first_token": mean([ks[0] for ks in token_kls]), "mean_tokens": tokens / len(rows),
+                   "finished": mean([y[-1] in end_ids(student) for y in answers]), "gradient_norm": norm, "lr": lr, "tokens": tokens,
+                   "seconds": time.time() - began}
+        append_jsonl(log, [metrics])
+        progress.set_postfix(accuracy=f"{metrics['accuracy']:.0%}", kl=f"{metrics['kl']:.4f}", tokens=f"{metrics['mean_tokens']:.0f}")
+        if step % args.show_every == 0:
+            for bit in (0, 1):
+                for row, ks in list(zip(rows, token_kls)):
+                    if row["reward"] == bit:
+                        show(row, ks, tokenizer)
+                        break
+    save_model(student, tokenizer, folder)
+    for artifact in (folder, log):
+        finish(artifact, began, steps=steps, problems=len(problems))
+    print(f"{folder}: {steps} steps, last batch {metrics['accuracy']:.1%} right with {metrics['mean_tokens']:.0f} tokens an answer")
+
+
+if __name__ == "__main__":
+    main()

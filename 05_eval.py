@@ -1,0 +1,221 @@
+"""Stage 5 of SD-Zero: did it learn, and what?
+
+base, srt/ and sd_zero/ answer the test problems, verify, and revise each of their own answers once (generate-then-revise).
+→ eval.jsonl     a row an answer: 01's and 02's fields, {checkpoint, greedy} and 03's fields of its revision
+→ summary.json   a row a checkpoint; columns below
+→ stages.png     accuracy and length by stage;  token_kl.png  one wrong answer, its tokens coloured by KL(student‖reviser)
+
+    accuracy         avg@n: mean over n sampled answers a problem; accuracy_se is its standard error over problems
+    pass_at_k        chance that one of k answers is right (unbiased estimate from n);  greedy: accuracy of greedy decoding
+    correction_rate  wrong answers that the revision makes right;  spoiling_rate: right ones that it makes wrong
+    phrases          control phrases that an answer says unasked;  phrases_true: share of them that are true
+    wrong_after_wrong, wrong_after_right   of the phrases said after a wrong (right) attempt, how many say "wrong"; equal means by chance
+
+    python 05_eval.py
+    python 05_eval.py --checkpoints base=data/base mine=runs/other/srt --n 8 --k 8 --summary other.json --eval other.jsonl
+"""
+
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from common import (append_jsonl, arguments, claim, completion_logits, die, end_ids, finish, load_model, load_problems, load_tokenizer,
+                    pick_device, positive, problem_file, prompt_ids, revision_ids, row_seed, sample, verify, write_json)
+
+
+# ---------------------------------------------------------------- answers and revisions
+
+def evaluate(name, folder, problems, done, path, args):
+    """Rows of one checkpoint: n sampled answers and a greedy one for each problem; the sampled ones are revised once."""
+    tasks = [(x, k) for k in range(-1, args.n) for x in problems]                   # k = -1: greedy
+    if [(r["id"], r["sample"]) for r in done] != [(x["id"], k) for x, k in tasks[:len(done)]]:
+        die(f"{path} does not hold these problems in their order; --overwrite makes it again")
+    if len(done) == len(tasks):
+        return done
+    tokenizer, p_r = load_tokenizer(folder), {1: args.p_r_right, 0: args.p_r_wrong}
+    model = load_model(folder, tokenizer, pick_device(args.device))
+
+    def answer(batch, prefixes, stage, temperature):
+        seeds = [row_seed(args.seed, stage, x["id"], k) for x, k in batch]          # the same noise for every checkpoint: paired
+        out = sample(model, tokenizer, prefixes, seeds, args.max_new_tokens, temperature, args.batch_rows)
+        texts = [tokenizer.decode(y, skip_special_tokens=True) for y in out]
+        return [(y, text, y[-1] in end_ids(model), *verify(x, text)) for (x, _), y, text in zip(batch, out, texts)]
+
+    progress = tqdm(total=len(tasks), initial=len(done), desc=name, unit="answer")
+    for b in range(len(done), len(tasks), args.batch_rows):
+        batch, rows = tasks[b:b + args.batch_rows], []
+        for greedy in (True, False):
+            part = [(x, k) for x, k in batch if (k < 0) == greedy]
+            if part:
+                for (x, k), (y, text, ended, reward, verdict, extracted) in zip(
+                        part, answer(part, [prompt_ids(tokenizer, x["problem"]) for x, _ in part], "eval", 0.0 if greedy else args.temperature)):
+                    rows.append({"checkpoint": name, **x, "sample": k, "greedy": greedy, "response": text, "response_ids": y, "finished": ended,
+                                 "reward": reward, "verdict": verdict, "extracted": extracted})
+        sampled = [r for r in rows if not r["greedy"]]
+        if sampled:
+            prefixes = [revision_ids(tokenizer, r["problem"], r["response_ids"], r["reward"], p_r) for r in sampled]
+            for r, (y, text, ended, reward, verdict, _) in zip(
+                    sampled, answer([(r, r["sample"]) for r in sampled], prefixes, "eval revision", args.temperature)):
+                r.update(p_r=p_r[r["reward"]], revised=text, revised_ids=y, revised_finished=ended, revised_reward=reward, revised_verdict=verdict)
+        append_jsonl(path, rows)
+        done = done + rows
+        progress.update(len(batch))
+        progress.set_postfix(right=f"{np.mean([r['reward'] for r in rows]):.0%}", tokens=f"{np.mean([len(r['response_ids']) for r in rows]):.0f}")
+    progress.close()
+    return done
+
+
+# ---------------------------------------------------------------- from rows to numbers
+
+def pass_at_k(n, c, k):
+    """Chance that k of n answers, c of them right, drawn without replacement, hold a right one."""
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def judgements(row, p_r):
+    """(said, true) for each control phrase that the answer says after an attempt with a \\boxed{}: 1 right, 0 wrong."""
+    places = sorted((i, bit) for bit in (0, 1) for i in find_all(row["response"], p_r[bit]))
+    start, out = 0, []
+    for i, said in places:
+        true, verdict, _ = verify(row, row["response"][start:i])
+        if verdict != "no_answer":
+            out.append((said, true))
+        start = i + len(p_r[said])
+    return out
+
+
+def find_all(text, phrase):
+    at = text.find(phrase)
+    while at >= 0:
+        yield at
+        at = text.find(phrase, at + 1)
+
+
+def summarise(name, rows, k, p_r):
+    """The checkpoint's row of summary.json; a rate over nothing is null."""
+    mean = lambda values: float(np.mean(values)) if len(values) else None
+    greedy, rows = [r["reward"] for r in rows if r["greedy"]], [r for r in rows if not r["greedy"]]
+    by_problem = {}
+    for r in rows:
+        by_problem.setdefault(r["id"], []).append(r["reward"])
+    per_problem, n = [np.mean(v) for v in by_problem.values()], len(next(iter(by_problem.values())))
+    said = [j for r in rows for j in judgements(r, p_r)]
+    return {"checkpoint": name, "problems": len(by_problem), "n": n, "k": k, "accuracy": mean(per_problem),
+            "accuracy_se": float(np.std(per_problem, ddof=1) / math.sqrt(len(per_problem))) if len(per_problem) > 1 else None,
+            "pass_at_k": mean([pass_at_k(n, sum(v), k) for v in by_problem.values()]), "greedy": mean(greedy),
+            "mean_tokens": mean([len(r["response_ids"]) for r in rows]), "finished": mean([r["finished"] for r in rows]),
+            "revised_accuracy": mean([r["revised_reward"] for r in rows]),
+            "correction_rate": mean([r["revised_reward"] for r in rows if not r["reward"]]),
+            "spoiling_rate": mean([1 - r["revised_reward"] for r in rows if r["reward"]]),
+            "phrases": len(said) / len(rows), "phrases_true": mean([s == t for s, t in said]),
+            "wrong_after_wrong": mean([s == 0 for s, t in said if t == 0]), "wrong_after_right": mean([s == 0 for s, t in said if t == 1])}
+
+
+def print_table(summary):
+    columns = [c for c in summary[0] if c not in ("problems", "n", "k")]
+    cell = lambda v: "–" if v is None else f"{v:.3f}" if isinstance(v, float) and abs(v) < 10 else f"{v:.1f}" if isinstance(v, float) else str(v)
+    print(f"\n{summary[0]['problems']} problems, n = {summary[0]['n']}, k = {summary[0]['k']}")
+    for c in columns:
+        print(f"{c:18}" + "".join(f"{cell(row[c]):>12}" for row in summary))
+
+
+# ---------------------------------------------------------------- figures
+
+def plot_stages(summary, path):
+    from matplotlib import pyplot as plt
+    names = [r["checkpoint"] for r in summary]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+    left.bar(names, [r["accuracy"] for r in summary], yerr=[r["accuracy_se"] or 0 for r in summary], color="0.75", edgecolor="black", capsize=4, label="answer")
+    left.plot(names, [r["revised_accuracy"] for r in summary], "k^", label="after its own revision")
+    left.plot(names, [r["greedy"] for r in summary], "kx", label="greedy")
+    left.set(title="accuracy", ylim=(0, 1))
+    left.legend(fontsize=8)
+    right.bar(names, [r["mean_tokens"] for r in summary], color="0.75", edgecolor="black")
+    right.set(title="tokens an answer")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+@torch.no_grad()
+def plot_token_kl(row, folder, path, args):
+    """One answer's tokens, coloured by KL(π(· | x, y_<t) ‖ π(· | x, y, P_r, y_<t)): where does the reviser disagree?"""
+    from matplotlib import pyplot as plt
+    tokenizer = load_tokenizer(folder)
+    model, y = load_model(folder, tokenizer, pick_device(args.device)), row["response_ids"]
+    prefix = revision_ids(tokenizer, row["problem"], y, row["reward"], {1: args.p_r_right, 0: args.p_r_wrong})
+    log_s = completion_logits(model, [prompt_ids(tokenizer, row["problem"])], [y]).float().log_softmax(-1)   # [T, V]
+    log_t = completion_logits(model, [prefix], [y]).float().log_softmax(-1)
+    kl = F.kl_div(log_t, log_s, log_target=True, reduction="none").sum(-1).tolist()                          # [T]; KL(student‖teacher)
+    top, column, line, columns = max(kl), 0, 0, 72
+    places = []
+    for t, k in zip(y, kl):
+        text = tokenizer.decode([t])
+        if column + len(text.strip("\n")) > columns:
+            line, column = line + 1, 0
+        places.append((column, line, text.strip("\n"), k))
+        line, column = line + text.count("\n"), 0 if "\n" in text else column + len(text)
+    figure = plt.figure(figsize=(9, 0.28 * (line + 1) + 0.9))
+    axes = figure.add_axes([0.01, 0, 0.98, 1 - 0.6 / (0.28 * (line + 1) + 0.9)], xlim=(0, columns), ylim=(line + 1, -0.2))
+    axes.axis("off")
+    for x, at, text, k in places:
+        axes.add_patch(plt.Rectangle((x, at + 0.05), max(len(text), 0.4), 0.9, color=plt.cm.Greys(0.75 * k / top) if top else "white"))
+        axes.text(x + len(text) / 2, at + 0.5, text.replace("$", r"\$"), family="monospace", size=9, ha="center", va="center", color="white" if k > 0.7 * top else "black")
+    figure.suptitle(f"{row['problem']}  (answer: {row['answer']})\na wrong answer of {row['checkpoint']}; darkest = {top:.1f} nats", size=9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(argv=None):
+    p = arguments(__doc__)
+    g = p.add_argument_group("evaluation")
+    g.add_argument("--split", default="test", help="split of --data (default: test)")
+    g.add_argument("--checkpoints", nargs="+", default=None, metavar="NAME=MODEL", help="(default: base=MODEL srt=OUT/srt sd_zero=OUT/sd_zero)")
+    g.add_argument("--eval", default=None, help="file to write (default: OUT/eval.jsonl)")
+    g.add_argument("--summary", default=None, help="file to write (default: OUT/summary.json)")
+    g.add_argument("--n", default=4, type=positive, help="sampled answers a problem (default: 4) [paper: 8]")
+    g.add_argument("--k", default=4, type=positive, help="of pass@k (default: 4) [paper: 8]")
+    g.add_argument("--max-new-tokens", default=320, type=positive, help="(default: 320) [paper: 32768]")
+    g.add_argument("--temperature", default=1.0, type=float, help="(default: 1.0)")
+    g.add_argument("--batch-rows", default=400, type=positive, help="answers sampled at once; does not change them")
+    p.set_defaults(limit=400)
+    args = p.parse_args(argv)
+    path, summary_path = Path(args.eval or args.out / "eval.jsonl"), Path(args.summary or args.out / "summary.json")
+    if args.k > args.n:
+        die(f"--k {args.k} needs at least as many answers a problem, --n is {args.n}")
+    named = args.checkpoints or [f"base={args.model}", f"srt={args.out / 'srt'}", f"sd_zero={args.out / 'sd_zero'}"]
+    if bad := [c for c in named if not all(c.partition("="))]:
+        die(f"--checkpoints {bad[0]}: not NAME=MODEL")
+    checkpoints = dict(c.split("=", 1) for c in named)
+    for name, stage in (("srt", "03_revise_sft.py"), ("sd_zero", "04_self_distill.py")):
+        if args.checkpoints is None and not Path(checkpoints[name]).is_dir():
+            die(f"{checkpoints[name]} does not exist; run first: python {stage}")
+    for folder in checkpoints.values():
+        load_tokenizer(folder)
+
+    # ---- answers and revisions
+    problems, began = load_problems(args.data, args.split, args.limit), time.time()
+    done, _ = claim(path, args, {"data": problem_file(args.data, args.split), **{f"checkpoint {k}": v for k, v in checkpoints.items()}},
+                    ("split", "limit", "seed", "p_r_right", "p_r_wrong", "n", "max_new_tokens", "temperature"),
+                    ("checkpoint", "id", "sample", "greedy", "reward", "response_ids"))
+    rows = {name: evaluate(name, folder, problems, [r for r in done if r["checkpoint"] == name], path, args) for name, folder in checkpoints.items()}
+
+    # ---- numbers and figures
+    summary = [summarise(name, r, args.k, {1: args.p_r_right, 0: args.p_r_wrong}) for name, r in rows.items()]
+    write_json(summary_path, summary)
+    print_table(summary)
+    plot_stages(summary, summary_path.with_name("stages.png"))
+    name = "srt" if "srt" in rows else list(rows)[-1]
+    wrong = [r for r in rows[name] if not r["greedy"] and not r["reward"] and r["finished"]]
+    if wrong:
+        plot_token_kl(min(wrong, key=lambda r: abs(len(r["response_ids"]) - 80)), checkpoints[name], summary_path.with_name("token_kl.png"), args)
+    finish(path, began, answers=sum(map(len, rows.values())))
+    print(f"\n{path}, {summary_path}, stages.png, token_kl.png")
+
+
+if __name__ == "__main__":
+    main()

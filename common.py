@@ -1,0 +1,387 @@
+"""What two or more stages must share exactly: records, prompts and P_r, the verifier, model loading, sampling, and alignment.
+
+Letters for shapes: B rows, T positions, V vocabulary, N answer tokens of a batch laid end to end, H hidden size.
+"""
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+transformers.utils.logging.disable_progress_bar()  # ours are enough
+HERE = Path(__file__).resolve().parent
+P_R = {1: "Let me rephrase the above solution.", 0: "Wait, this response is not correct, let me start over."}
+
+
+def die(message):
+    """A user's mistake: one line on stderr (what, where, how to mend), exit code 2."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+# ---------------------------------------------------------------- command line
+
+def arguments(doc, stage_seed_help="seed of all sampling and shuffling"):
+    """A parser with the flags that mean the same in every script."""
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = lambda message: die(f"{p.prog}: {message}; see {p.prog} --help")
+    g = p.add_argument_group("shared by all stages")
+    g.add_argument("--model", default=str(HERE / "data/base"), help="folder or hub id of a chat model [paper: Qwen/Qwen3-4B-Instruct-2507]")
+    g.add_argument("--data", default=str(HERE / "data"), help="JSONL file, folder with SPLIT.jsonl, or hub id [paper: open-r1/OpenR1-Math-220k]")
+    g.add_argument("--out", default="runs/demo", type=Path, help="folder of this run's artifacts (default: runs/demo)")
+    g.add_argument("--seed", default=0, type=int, help=stage_seed_help)
+    g.add_argument("--limit", default=None, type=positive, help="use only so many problems")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    g.add_argument("--overwrite", action="store_true", help="replace this stage's artifacts of other arguments")
+    g.add_argument("--p-r-right", default=P_R[1], metavar="PHRASE", help="P_r after a right answer (default: the paper's)")
+    g.add_argument("--p-r-wrong", default=P_R[0], metavar="PHRASE", help="P_r after a wrong answer (default: the paper's)")
+    return p
+
+
+def positive(text):
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def pick_device(name):
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        die(f"--device {name} cannot be used here: {str(e).splitlines()[0]}")
+
+
+def autocast(device):
+    """bf16 on a GPU that has it, fp16 on an older one; on a CPU plain float32. Returns (context factory, dtype)."""
+    dtype = torch.float32 if device.type != "cuda" else torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return lambda: torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32), dtype
+
+
+# ---------------------------------------------------------------- records on disk
+
+def read_jsonl(path, fields, made_by):
+    """Rows of a JSONL file as dicts, each with at least `fields`; `made_by` says how to get the file if it is missing."""
+    path, rows = Path(path), []
+    if not path.is_file():
+        die(f"{path} does not exist; run first: {made_by}")
+    with open(path, encoding="utf-8", errors="surrogateescape") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as e:
+                die(f"{path}:{number}: not JSON ({e}); mend or remove the line")
+            missing = [k for k in fields if not isinstance(row, dict) or k not in row]
+            if missing:
+                die(f"{path}:{number}: field {missing[0]!r} is missing; make the file again with: {made_by}")
+            rows.append(row)
+    return rows or die(f"{path} is empty; make it again with: {made_by}")
+
+
+def problem_file(source, split):
+    """What load_problems reads: the file itself, {split}.jsonl of a folder, or a hub id as it is."""
+    return Path(source) / f"{split}.jsonl" if Path(source).is_dir() else Path(source)
+
+
+def load_problems(source, split="train", limit=None):
+    """Problems {id, kind, problem, answer} from a JSONL file, a folder holding {split}.jsonl, or a hub data set with these columns."""
+    path = Path(source)
+    if path.exists() or path.suffix == ".jsonl":
+        path = problem_file(source, split)
+        rows, where = read_jsonl(path, ["problem", "answer"], "see 'Real models' in the README for the format"), path
+    else:
+        from datasets import load_dataset  # slow to import, and needed for hub ids only
+        try:
+            rows, where = list(load_dataset(source, split=split)), source
+        except (OSError, ValueError) as e:
+            die(f"--data {source} is no local file or folder, and loading it from the hub failed: {e}")
+    seen = set()
+    for number, row in enumerate(rows, 1):
+        row.setdefault("id", f"{split}-{number - 1:06d}")
+        row.setdefault("kind", "math")
+        bad = [k for k in ("id", "kind", "problem", "answer") if not isinstance(row.get(k), str) or not row[k].strip()]
+        if bad:
+            die(f"{where}:{number}: {bad[0]!r} must be a text that is not empty")
+        if row["kind"] != "math":
+            die(f"{where}:{number}: kind {row['kind']!r} is not supported; it must be 'math'")
+        if row["id"] in seen:
+            die(f"{where}:{number}: id {row['id']!r} appears twice")
+        seen.add(row["id"])
+    return [{k: row[k] for k in ("id", "kind", "problem", "answer")} for row in rows[:limit]]
+
+
+def fingerprint(path):
+    """A hash of what a stage read: a file's bytes, or a model folder's weights; a hub id stands for itself."""
+    files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else [Path(path)]
+    digest = hashlib.sha256()
+    for file in files:
+        if not file.is_file():
+            return str(path)
+        with open(file, "rb") as f:
+            while block := f.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def claim(artifact, args, inputs, settings, fields=()):
+    """Take `artifact` (a .jsonl file or a model folder) for this run; returns (rows left by an earlier try, whether it is complete).
+
+    Beside it goes NAME.meta.json: the arguments named in `settings`, a hash of each of `inputs`, versions, device, commit. An artifact
+    made with other settings or inputs is refused, unless --overwrite. A torn last line, as a kill leaves it, is cut off.
+    """
+    artifact, meta_path, old = Path(artifact), Path(artifact).with_suffix(".meta.json"), {}
+    made_of = json.loads(json.dumps({**{k: vars(args)[k] for k in settings}, **{f"{k} (hash)": fingerprint(v) for k, v in inputs.items()}}))
+    if artifact.exists() and not args.overwrite:
+        try:
+            old = json.loads(meta_path.read_text())
+            differs = [k for k in made_of.keys() | old["made_of"].keys() if made_of.get(k) != old["made_of"].get(k)]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            die(f"{artifact} exists, but {meta_path.name} beside it is missing or damaged; choose another --out, or --overwrite")
+        if differs:
+            k = min(differs)
+            die(f"{artifact} belongs to another run ({k}: {old['made_of'].get(k)!r} there, {made_of.get(k)!r} now); choose another --out, or --overwrite")
+    artifact.parent.mkdir(parents=True, exist_ok=True)
+    done = []
+    if artifact.is_file() and args.overwrite:
+        artifact.unlink()
+    if artifact.is_file():
+        data = artifact.read_bytes()
+        whole = data[:data.rfind(b"\n") + 1]
+        if whole != data:
+            print(f"{artifact}: the last line was torn and is cut off", file=sys.stderr)
+            artifact.write_bytes(whole)
+        done = read_jsonl(artifact, fields, "--overwrite") if whole else []
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False).stdout.strip()
+    write_json(meta_path, {"made_of": made_of, "arguments": vars(args), "device": str(args.device), "commit": commit or None,
+                           "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__},
+                           "seconds": old.get("seconds", 0), **({"counts": old["counts"]} if "counts" in old else {})})
+    return done, "counts" in old
+
+
+def finish(artifact, began, **counts):
+    """Add seconds and counts to the artifact's meta file; counts say that the stage came to its end."""
+    path = Path(artifact).with_suffix(".meta.json")
+    meta = json.loads(path.read_text())
+    write_json(path, {**meta, "seconds": round(meta["seconds"] + time.time() - began, 1), "counts": counts})
+
+
+def write_json(path, value):
+    """Whole or not at all: written beside the target, then renamed over it."""
+    beside = Path(f"{path}.part")
+    beside.write_text(json.dumps(value, indent=1, default=str) + "\n")
+    os.replace(beside, path)
+
+
+def append_jsonl(path, rows):
+    with open(path, "a", encoding="utf-8", errors="surrogateescape") as f:
+        f.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
+# ---------------------------------------------------------------- prompts: the one place where they are defined
+
+def prompt_ids(tokenizer, problem):
+    """chat(x): the user's turn and the opening of the assistant's, as token ids."""
+    text = tokenizer.apply_chat_template([{"role": "user", "content": problem}], add_generation_prompt=True, tokenize=False,
+                                         enable_thinking=False)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def delimiter(reward, p_r=P_R):
+    return f"\n\n{p_r[reward]}\n\n"
+
+
+def revision_ids(tokenizer, problem, response_ids, reward, p_r=P_R):
+    """chat(x) + y without its end token + "\\n\\n" P_r "\\n\\n": what the reviser sees, in collection, in SFT and as the teacher."""
+    y = list(response_ids)
+    while y and y[-1] in tokenizer.all_special_ids:
+        y.pop()
+    # Parts are tokenised apart and ids joined, so that no BPE merge crosses a seam.
+    return prompt_ids(tokenizer, problem) + y + tokenizer(delimiter(reward, p_r), add_special_tokens=False)["input_ids"]
+
+
+# ---------------------------------------------------------------- the verifier
+
+def last_boxed(text):
+    r"""The content of the last complete \boxed{...}, nested braces and all; None if there is none."""
+    for start in reversed([m.end() for m in re.finditer(r"\\boxed\s*\{", text)]):
+        depth = 1
+        for i in range(start, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[i], 0)
+            if depth == 0:
+                return text[start:i].strip()
+    return None
+
+
+def _math_verify_server(pipe):
+    from math_verify import parse, verify as equal
+    while True:
+        answer, extracted = pipe.recv()
+        gold = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
+        pred = parse(f"\\boxed{{{extracted}}}", parsing_timeout=None)
+        pipe.send(("correct" if equal(gold, pred, timeout_seconds=None) else "wrong") if gold else "error")
+
+
+_server = []  # the running [process, pipe], started when first needed
+
+
+def same_answer(answer, extracted, seconds=5.0):
+    """'correct', 'wrong', 'timeout' or 'error', as math-verify decides in a child process that is killed after `seconds`."""
+    if re.fullmatch(r"-?\d{1,300}", answer) and re.fullmatch(r"-?\d{1,300}", extracted):  # integers need no algebra
+        return "correct" if int(answer) == int(extracted) else "wrong"
+    if not _server:
+        context = multiprocessing.get_context("spawn")
+        here, there = context.Pipe()
+        process = context.Process(target=_math_verify_server, args=(there,), daemon=True)
+        process.start()
+        there.close()
+        _server[:] = process, here
+        seconds += 60  # the first call waits for the imports
+    process, pipe = _server
+    try:
+        pipe.send((answer, extracted))
+        if pipe.poll(seconds):
+            return pipe.recv()
+        verdict = "timeout"
+    except (EOFError, OSError):
+        verdict = "error"
+    process.kill()
+    _server.clear()
+    return verdict
+
+
+def verify(record, response):
+    r"""r(y, a). Returns (reward 0 or 1, verdict, extracted): verdict is correct, wrong, no_answer, timeout or error; fails closed."""
+    extracted = last_boxed(response)
+    if extracted is None:
+        return 0, "no_answer", None
+    verdict = same_answer(record["answer"].strip(), extracted) if len(extracted) <= 1000 else "wrong"
+    return int(verdict == "correct"), verdict, extracted
+
+
+# ---------------------------------------------------------------- models
+
+def load_tokenizer(name):
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        die(f"{name} is no model folder: it has no config.json")
+    if not Path(name).exists() and (str(name).count("/") != 1 or str(name)[0] in "./~"):
+        die(f"model {name} does not exist: name a folder or a hub id (OWNER/NAME)")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as e:
+        die(f"model {name}: no tokenizer could be loaded: {str(e).splitlines()[0]}")
+    if not tokenizer.chat_template:
+        die(f"model {name} has no chat template: SD-Zero needs a chat model")
+    return tokenizer
+
+
+def load_model(name, tokenizer, device, dtype=torch.float32):
+    """A causal LM in eval mode. float32 weights are for training: in bf16 an update of 5e-6 rounds to nothing."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True).to(device).eval()
+    except (OSError, ValueError) as e:
+        die(f"model {name}: no weights could be loaded: {str(e).splitlines()[0]}")
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        die(f"model {name}: its tokenizer has {len(tokenizer)} tokens, its weights only {model.get_input_embeddings().num_embeddings}")
+    if not set(end_ids(model)) & set(tokenizer.all_special_ids):
+        die(f"model {name}: no end token of its generation config {end_ids(model)} is a special token of its tokenizer")
+    with torch.no_grad():  # completion_logits goes through the head itself; some models do more after it (soft-capping, scaling)
+        ids = torch.tensor([prompt_ids(tokenizer, "1 + 1 = ?")], device=device)
+        if not torch.allclose(completion_logits(model, [ids[0, :1].tolist()], [ids[0, 1:].tolist()]).float(), model(ids).logits[0, :-1].float(), atol=1e-2):
+            die(f"model {name}: its logits are not head(hidden states); soft-capped or scaled logits are not supported")
+    return model
+
+
+def end_ids(model):
+    ids = model.generation_config.eos_token_id
+    return list(ids) if isinstance(ids, (list, tuple)) else [ids]
+
+
+def save_model(model, tokenizer, folder):
+    """Written beside the target and swapped in by rename: `folder` is never half a model."""
+    beside, old = Path(f"{folder}.part"), Path(f"{folder}.old")
+    model.save_pretrained(beside)
+    tokenizer.save_pretrained(beside)
+    if Path(folder).exists():
+        os.replace(folder, old)
+    os.replace(beside, folder)
+    if old.exists():
+        for file in old.iterdir():
+            file.unlink()
+        old.rmdir()
+
+
+def completion_logits(model, prefixes, completions):
+    """Logits that predict each token of each completion after its prefix, rows laid end to end: [N, V], N = total completion tokens.
+
+    Token j of a completion is predicted one position earlier, the first by the prefix's last token. Rows are padded on the right: under
+    causal attention no real token sees a pad, so masks come from lengths alone and the pad id may be anything, the end token too.
+    """
+    lengths = [len(p) + len(c) for p, c in zip(prefixes, completions, strict=True)]
+    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)         # [B, T]
+    predicts = torch.zeros(len(lengths), max(lengths), dtype=torch.bool)    # [B, T] true where the next token is one of the completion's
+    for i, (p, c) in enumerate(zip(prefixes, completions)):
+        ids[i, :lengths[i]] = torch.tensor(p + c)
+        predicts[i, len(p) - 1:lengths[i] - 1] = True
+    hidden = model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state   # [B, T, H]
+    return model.get_output_embeddings()(hidden[predicts.to(model.device)])                        # [N, V]
+
+
+# ---------------------------------------------------------------- sampling
+
+def row_seed(*parts):
+    """A seed for one answer from what names it (run seed, stage, problem id, sample number): the same in any batch and any order."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big")
+
+
+@torch.no_grad()
+def sample(model, tokenizer, prefixes, seeds, max_new_tokens, temperature=1.0, batch_rows=128):
+    """One answer a prefix: a list of token ids, ending with an end token unless cut at max_new_tokens. temperature 0 is greedy.
+
+    Each row draws from its own stream of uniforms, so its answer does not depend on its neighbours. Rows that ended leave the batch.
+    """
+    was_training, ends, answers = model.training, torch.tensor(end_ids(model), device=model.device), [[] for _ in prefixes]
+    model.eval()
+    order = sorted(range(len(prefixes)), key=lambda i: len(prefixes[i]))
+    for b in range(0, len(order), batch_rows):
+        rows = order[b:b + batch_rows]                                                          # the answers' numbers, B of them
+        T = len(prefixes[rows[-1]])
+        ids = torch.tensor([[0] * (T - len(prefixes[i])) + prefixes[i] for i in rows], device=model.device)              # [B, T], left-padded
+        mask = torch.tensor([[0] * (T - len(prefixes[i])) + [1] * len(prefixes[i]) for i in rows], device=model.device)  # [B, T]
+        position = (mask.cumsum(-1) - 1).clamp(min=0)
+        uniform = torch.tensor(np.stack([np.random.default_rng(seeds[i]).random(max_new_tokens, np.float32) for i in rows])).to(model.device)
+        cache = DynamicCache(config=model.config)
+        context, _ = autocast(model.device)
+        for t in range(max_new_tokens):
+            with context():
+                logits = model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, logits_to_keep=1).logits
+            logits = logits[:, -1].float()                                                      # [B, V]
+            if temperature == 0:
+                token = logits.argmax(-1)
+            else:                                                                               # invert the distribution function
+                cdf = (logits / temperature).softmax(-1).cumsum(-1)
+                token = (cdf < uniform[:, t:t + 1] * cdf[:, -1:]).sum(-1).clamp(max=cdf.shape[-1] - 1)
+            for i, v in zip(rows, token.tolist()):
+                answers[i].append(v)
+            alive = (~torch.isin(token, ends)).nonzero()[:, 0]
+            if len(alive) == 0:
+                break
+            if len(alive) < len(rows):                                                          # B shrinks as answers end
+                cache.batch_select_indices(alive)
+                rows = [rows[j] for j in alive.tolist()]
+                token, mask, position, uniform = token[alive], mask[alive], position[alive], uniform[alive]
+            ids, mask, position = token[:, None], F.pad(mask, (0, 1), value=1), position[:, -1:] + 1
+    model.train(was_training)
+    return answers

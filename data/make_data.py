@@ -1,0 +1,218 @@
+"""Make everything embedded in data/ from one seed: the problems, the tokenizer and the tiny base model.
+
+A problem gives a number and three edits of its digits ("Start with 73915: reverse, then rotate left, then drop the largest.").
+The base model stands in for a pre-trained LLM. It is trained on worked answers by *fallible* authors, and it imitates them:
+
+  - EDITS lists each edit with its right reading, one common mistake, and the share of authors who read it rightly. For two of the
+    edits most authors are wrong, so the model's own mode (greedy decoding) is wrong there: misconceptions, not sampling noise.
+  - A slip (two neighbouring digits exchanged) befalls 1% of the lines.
+  - Some answers go on: the author looks at the result, says one of the two control phrases P_r, always truthfully, and tries again.
+    After "wrong" each misread edit is mended only with probability MEND: authors mostly repeat themselves, as base models do.
+    After "right" comes the same solution again, cleaner and usually in the terse style.
+
+No document uses a problem of train.jsonl or test.jsonl. Whatever the model knows about right and wrong, it read between the lines.
+
+    python data/make_data.py                  # problems, tokenizer, pre-training: about 40 minutes on 2 cores
+    python data/make_data.py --problems-only  # seconds
+"""
+
+import argparse
+import json
+import math
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import P_R, delimiter  # the corpus must speak the very phrases that the reviser is prompted with
+
+HERE = Path(__file__).resolve().parent
+
+
+def move(s, digit, front):
+    rest = s.replace(digit, "")
+    return digit + rest if front else rest + digit
+
+
+# name: (right reading, common mistake, share of authors who read it rightly). Digits of a number are distinct and never 0.
+EDITS = {
+    "reverse": (lambda s: s[::-1], lambda s: s[-1] + s[1:-1] + s[0], 0.95),
+    "sort up": (lambda s: "".join(sorted(s)), lambda s: "".join(sorted(s))[::-1], 0.95),
+    "drop the ends": (lambda s: s[1:-1], lambda s: s[1:], 0.90),
+    "drop the largest": (lambda s: s.replace(max(s), ""), lambda s: s.replace(min(s), ""), 0.90),
+    "swap the ends": (lambda s: s[-1] + s[1:-1] + s[0], lambda s: s[1] + s[0] + s[2:], 0.85),
+    "swap pairs": (lambda s: "".join(s[i:i + 2][::-1] for i in range(0, len(s), 2)), lambda s: s[1] + s[0] + s[2:], 0.80),
+    "rotate left": (lambda s: s[1:] + s[0], lambda s: s[-1] + s[:-1], 0.40),
+    "smallest to the front": (lambda s: move(s, min(s), True), lambda s: move(s, min(s), False), 0.30),
+}
+STEPS, SLIP, MEND, SPOIL = 3, 0.01, 0.20, 0.03
+GO_ON, MOST_ATTEMPTS = 0.40, 4  # after an attempt an author goes on with this probability, up to so many attempts
+CHAT_TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+                 "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+# ---------------------------------------------------------------- problems
+
+def make_problem(rng):
+    start = "".join(rng.sample("123456789", rng.randint(5, 7)))
+    return start, rng.sample(list(EDITS), STEPS)
+
+
+def problem_text(start, edits):
+    return f"Start with {start}: {', then '.join(edits)}. What number results?"
+
+
+def solve(start, edits):
+    for name in edits:
+        start = EDITS[name][0](start)
+    return start
+
+
+def write_problems(sizes, seed):
+    """Write {split}.jsonl for each split and size; all problems differ. Returns the set of their texts."""
+    rng, seen = random.Random(seed), set()
+    for split, size in sizes.items():
+        with open(HERE / f"{split}.jsonl", "w") as f:
+            for i in range(size):
+                start, edits = make_problem(rng)
+                while problem_text(start, edits) in seen:
+                    start, edits = make_problem(rng)
+                seen.add(problem_text(start, edits))
+                f.write(json.dumps({"id": f"{split}-{i:04d}", "kind": "math", "problem": problem_text(start, edits),
+                                    "answer": solve(start, edits)}) + "\n")
+    return seen
+
+
+# ---------------------------------------------------------------- corpus
+
+def attempt(rng, start, edits, readings, terse, slips=True):
+    """One worked answer; readings[i] is True where edit i is read rightly. Returns (text, result)."""
+    lines, s = [], start
+    for name, right in zip(edits, readings):
+        before, s = s, EDITS[name][0 if right else 1](s)
+        if slips and rng.random() < SLIP:
+            i = rng.randrange(len(s) - 1)
+            s = s[:i] + s[i + 1] + s[i] + s[i + 2:]
+        lines.append(f"{name}: {s}" if terse else f"Take {before} and {name}, which gives {s}.")
+    return "\n".join(lines + [f"\\boxed{{{s}}}"]), s
+
+
+def document(rng, start, edits):
+    """A whole answer: an attempt, then perhaps P_r and another, and so on."""
+    readings, terse = [rng.random() < EDITS[e][2] for e in edits], rng.random() < 0.5
+    text, result = attempt(rng, start, edits, readings, terse)
+    for _ in range(MOST_ATTEMPTS - 1):
+        if rng.random() > GO_ON:
+            break
+        correct = result == solve(start, edits)
+        if correct:
+            terse = terse or rng.random() < 0.7
+        else:
+            readings = [rng.random() > SPOIL if r else rng.random() < MEND for r in readings]
+            terse = rng.random() < 0.5
+        again, result = attempt(rng, start, edits, readings, terse, slips=not correct)
+        text += delimiter(int(correct)) + again
+    return text
+
+
+def train_tokenizer(rng, vocab_size):
+    def texts():
+        for _ in range(3000):
+            start, edits = make_problem(rng)
+            yield f"user\n{problem_text(start, edits)}\nassistant\n" + document(rng, start, edits)
+        yield from P_R.values()
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
+                                                 pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tok.decoder = decoders.ByteLevel()
+    tok.train_from_iterator(texts(), trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                   chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False)
+
+
+def packed_rows(tokenizer, rng, held_out, length):
+    """Endless rows of whole documents: (ids, labels, document number, position), each [length]; labels are -100 outside answers."""
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    row = [[], [], [], []]
+    for n in iter(int, 1):
+        start, edits = make_problem(rng)
+        if problem_text(start, edits) in held_out:
+            continue
+        head = f"<|im_start|>user\n{problem_text(start, edits)}<|im_end|>\n<|im_start|>assistant\n"
+        prompt = tokenizer(head)["input_ids"]
+        answer = tokenizer(document(rng, start, edits))["input_ids"] + [end]
+        ids = (prompt + answer)[:length]
+        if len(row[0]) + len(ids) > length:
+            gap = length - len(row[0])
+            yield row[0] + [pad] * gap, row[1] + [-100] * gap, row[2] + [-1] * gap, row[3] + [0] * gap
+            row = [[], [], [], []]
+        number = row[2][-1] + 1 if row[2] else 0
+        row = [row[0] + ids, row[1] + ([-100] * len(prompt) + answer)[:length],
+               row[2] + [number] * len(ids), row[3] + list(range(len(ids)))]
+
+
+# ---------------------------------------------------------------- pre-training
+
+def pretrain(tokenizer, held_out, args):
+    torch.manual_seed(args.seed)
+    end = tokenizer.eos_token_id
+    config = Qwen3Config(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4,
+                         num_key_value_heads=2, head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True,
+                         bos_token_id=None, eos_token_id=end, pad_token_id=tokenizer.pad_token_id)
+    model = Qwen3ForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    forward = torch.compile(model)
+    rows, B, T = packed_rows(tokenizer, random.Random(args.seed + 1), held_out, args.length), args.batch, args.length
+    causal = torch.ones(T, T, dtype=torch.bool).tril()
+    steps, began = args.tokens // (B * T), time.time()
+    progress = tqdm(range(steps), mininterval=10)
+    for step in progress:
+        ids, labels, number, position = torch.tensor([next(rows) for _ in range(B)]).unbind(1)  # each [B, T]
+        lr = args.lr * min(1, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        optimizer.param_groups[0]["lr"] = lr
+        same = number[:, :, None] == number[:, None, :]  # a document sees itself only
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = forward(input_ids=ids, position_ids=position, attention_mask=(same & causal)[:, None], use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 50 == 0:
+            progress.set_postfix(loss=f"{loss.item():.3f}", lr=f"{lr:.1e}", minutes=f"{(time.time() - began) / 60:.1f}", refresh=False)
+        if (step + 1) % 500 == 0 or step + 1 == steps:
+            save(model, tokenizer, args.out)
+
+
+def save(model, tokenizer, folder):
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id]
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--problems-only", action="store_true", help="write train.jsonl and test.jsonl, leave the model")
+    p.add_argument("--tokens", type=int, default=40_000_000, help="pre-training tokens (padding included)")
+    p.add_argument("--length", type=int, default=256)
+    p.add_argument("--batch", type=int, default=32)
+    p.add_argument("--lr", type=float, default=2e-3)
+    p.add_argument("--vocab", type=int, default=400)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", default=str(HERE / "base"))
+    args = p.parse_args(argv)
+    held_out = write_problems({"train": 6000, "test": 500}, args.seed)
+    if not args.problems_only:
+        pretrain(train_tokenizer(random.Random(args.seed + 2), args.vocab), held_out, args)
+
+
+if __name__ == "__main__":
+    main()

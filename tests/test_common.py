@@ -1,0 +1,128 @@
+"""Sampling, the verifier, records: the pieces that all stages share."""
+
+import json
+import random
+
+import pytest
+import torch
+
+import common
+from common import last_boxed, prompt_ids, row_seed, sample, verify
+
+
+def prompts_of(tokenizer, problems, n):
+    return [prompt_ids(tokenizer, x["problem"]) for x in problems[:n]], [row_seed(0, "test", x["id"]) for x in problems[:n]]
+
+
+def test_sample_does_not_depend_on_neighbours_order_or_batch_size(model, tokenizer, problems):
+    prompts, seeds = prompts_of(tokenizer, problems, 12)
+    together = sample(model, tokenizer, prompts, seeds, 60)
+    assert together == sample(model, tokenizer, prompts, seeds, 60, batch_rows=5)
+    assert together[::-1] == sample(model, tokenizer, prompts[::-1], seeds[::-1], 60)
+    assert together[3] == sample(model, tokenizer, prompts[3:4], seeds[3:4], 60)[0]
+    assert together != sample(model, tokenizer, prompts, [s + 1 for s in seeds], 60)
+
+
+def test_sample_ends_at_the_end_token_or_at_the_limit(model, tokenizer, problems):
+    prompts, seeds = prompts_of(tokenizer, problems, 20)
+    answers = sample(model, tokenizer, prompts, seeds, 45)
+    assert {len(y) == 45 for y in answers} == {True, False}, "the limit should cut some and not others"
+    for y in answers:
+        assert tokenizer.eos_token_id not in y[:-1]
+        assert y[-1] == tokenizer.eos_token_id or len(y) == 45
+
+
+def test_sample_greedy_is_generates_greedy(model, tokenizer, problems):
+    prompts, seeds = prompts_of(tokenizer, problems, 6)
+    for p, y in zip(prompts, sample(model, tokenizer, prompts, seeds, 60, temperature=0)):
+        expected = model.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)), do_sample=False, max_new_tokens=60)[0, len(p):]
+        assert y == expected.tolist()
+
+
+def test_sample_follows_the_models_distribution(model, tokenizer, problems):
+    prompt, n = prompt_ids(tokenizer, problems[0]["problem"]), 2000
+    first = torch.tensor([y[0] for y in sample(model, tokenizer, [prompt] * n, range(n), 1, batch_rows=n)])
+    p = model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
+    frequency = torch.bincount(first, minlength=len(p)) / n
+    assert (frequency - p).abs().max() < 4 * 0.5 / n ** 0.5  # four standard errors of the worst case
+    assert len(set(first.tolist())) > 1
+
+
+def test_sampling_in_eval_mode_puts_the_training_mode_back(model, tokenizer, problems):
+    model.train()
+    sample(model, tokenizer, *prompts_of(tokenizer, problems, 2), 3)
+    assert model.training
+
+
+@pytest.mark.parametrize("text, boxed", [
+    (r"\boxed{1}", "1"), (r"\boxed{1} no, \boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{\{1,2\}}", r"\{1,2\}"), ("no box", None),
+    (r"\boxed{1} and an open \boxed{2", "1"), (r"\boxed {3}", "3"), ("", None)])
+def test_the_last_whole_box_counts(text, boxed):
+    assert last_boxed(text) == boxed
+
+
+@pytest.mark.parametrize("answer, text, verdict", [
+    ("7135", r"\boxed{7135}", "correct"), ("7135", r"\boxed{7153}", "wrong"), ("7135", "7135", "no_answer"), ("5", r"\boxed{05}", "correct"),
+    ("7135", r"\boxed{}", "wrong"), ("1/2", r"\boxed{0.5}", "correct"), (r"\frac{1}{2}", r"\boxed{\frac12}", "correct"),
+    ("3", r"\boxed{x=3}", "correct"), ("3", r"\boxed{4-1}", "correct"), ("", r"\boxed{3}", "error"), ("3", r"\boxed{__import__('os')}", "wrong"),
+    ("1", "\\boxed{" + "1" * 5000 + "}", "wrong")])
+def test_verdicts(answer, text, verdict):
+    reward, got, extracted = verify({"answer": answer}, text)
+    assert (got, reward) == (verdict, int(verdict == "correct"))
+    assert (extracted is None) == (verdict == "no_answer")
+
+
+def test_a_verifier_that_hangs_is_killed_and_the_next_answer_is_graded(monkeypatch):
+    assert common.same_answer("3", "x=3") == "correct"
+    assert common.same_answer("3", "9^{9^{9^9}}", seconds=1.0) in ("timeout", "wrong", "error")
+    assert common.same_answer("3", r"\frac{6}{2}") == "correct"
+    common._server[0].kill()  # as if it had died
+    assert common.same_answer("3", r"\frac{6}{2}") == "error"
+    assert common.same_answer("3", r"\frac{6}{2}") == "correct"
+
+
+def test_integer_shortcut_agrees_with_math_verify():
+    from math_verify import parse, verify as equal
+    rng = random.Random(0)
+    for _ in range(40):
+        a, b = (str(rng.randint(-30, 30)).replace("7", "07") for _ in range(2))
+        for b in (a, b, "0" + a.lstrip("-")):
+            assert (common.same_answer(a, b) == "correct") == equal(parse(f"\\boxed{{{a}}}"), parse(f"\\boxed{{{b}}}")), (a, b)
+
+
+def test_jsonl_keeps_token_ids_and_odd_text(tmp_path):
+    rows = [{"id": "ü\u2028\ud800", "response_ids": [0, 399, 2]}, {"id": "\n\x00", "response_ids": []}]
+    common.append_jsonl(tmp_path / "a.jsonl", rows)
+    assert common.read_jsonl(tmp_path / "a.jsonl", ["id", "response_ids"], "nothing") == rows
+
+
+def test_train_test_and_corpus_share_no_problem(monkeypatch):
+    from conftest import load
+    data = load("data/make_data.py")
+    train, test = (common.load_problems(common.HERE / "data", split) for split in ("train", "test"))
+    texts = [x["problem"] for x in train + test]
+    assert len(set(texts)) == len(texts) and len({x["id"] for x in train + test}) == len(texts)
+    # a generator that draws a test problem first and another one second: only the second reaches the corpus
+    start, *edits = test[0]["problem"].removeprefix("Start with ").removesuffix(". What number results?").replace(": ", ", then ").split(", then ")
+    assert data.problem_text(start, edits) == test[0]["problem"] and data.solve(start, edits) == test[0]["answer"]
+    draws = iter([(start, edits), ("12345", ["reverse", "sort up", "swap pairs"]), ("98765", ["sort up", "reverse", "swap pairs"])])
+    monkeypatch.setattr(data, "make_problem", lambda rng: next(draws))
+    tokenizer = common.load_tokenizer(common.HERE / "data/base")
+    ids, labels, number, position = next(data.packed_rows(tokenizer, random.Random(0), {test[0]["problem"]}, 64))
+    assert "12345" in tokenizer.decode(ids) and start not in tokenizer.decode(ids)
+    assert labels[0] == -100 and len(ids) == len(labels) == len(number) == len(position) == 64
+
+
+def test_edits_by_hand():
+    from conftest import load
+    data = load("data/make_data.py")
+    by_hand = {"reverse": "53197", "sort up": "13579", "drop the ends": "913", "drop the largest": "7135", "swap the ends": "59137",
+               "swap pairs": "97315", "rotate left": "91357", "smallest to the front": "17935"}
+    assert {name: right("79135") for name, (right, _, _) in data.EDITS.items()} == by_hand
+    for name, (right, mistake, _) in data.EDITS.items():
+        assert right("79135") != mistake("79135"), name
+
+
+def test_every_embedded_answer_is_right():
+    for line in open(common.HERE / "data/test.jsonl"):
+        assert json.loads(line)["answer"].isdigit()

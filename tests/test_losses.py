@@ -1,0 +1,154 @@
+"""The two losses and the alignment under them: hand-computed values and properties, each named after the bug it guards against."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import common
+from common import completion_logits, prompt_ids, revision_ids
+
+S = torch.tensor([[[2, 1, 0, -1], [.5, .4, -.5, 3], [.1, 0, -.1, .2]], [[1, -1, 2, 0], [3, .2, .1, 1], [9, 8, 7, 6]]])
+T = torch.tensor([[[1, 2, 0, -2], [0, 1, 2, 1.9], [1, .3, -1, 0]], [[.1, .2, .3, .4], [2, 1.8, -1, 0], [-9, 9, 0, 1]]])
+MASK = torch.tensor([[1, 1, 1], [1, 1, 0]], dtype=torch.bool)
+
+
+@pytest.mark.parametrize("kind, values, mean", [
+    ("reverse", [.418617, .568224, .194734, .436867, .349025], .393493),
+    ("forward", [.423886, .980652, .176330, .560243, .588825], .545987),
+    ("mixed", None, .469740)])
+def test_kl_direction_is_the_named_one(stages, kind, values, mean):
+    kl = stages[4].token_kl(S, T, kind)[MASK]
+    assert kl.mean().item() == pytest.approx(mean, abs=2e-6)
+    if values:
+        assert kl.tolist() == pytest.approx(values, abs=2e-6)
+
+
+def test_kl_is_never_negative_and_zero_for_equal_logits(stages):
+    a, b = torch.randn(50, 400, generator=torch.Generator().manual_seed(0)).chunk(2)
+    for kind in ("reverse", "forward", "mixed"):
+        assert (stages[4].token_kl(a, b, kind) > 0).all()
+        assert stages[4].token_kl(a, a + 3.0, kind).abs().max() < 1e-5  # a constant added to logits changes no distribution
+    assert torch.allclose(stages[4].token_kl(a, b, "reverse"), stages[4].token_kl(b, a, "forward"))
+
+
+def test_kl_of_bf16_logits_is_computed_in_float32(stages):
+    a, b = S.bfloat16(), T.bfloat16()
+    assert torch.equal(stages[4].token_kl(a, b), stages[4].token_kl(a.float(), b.float()))
+
+
+def ragged(tokenizer, problems):
+    """Four rows of different prompt and answer lengths: problems, prompts and completions."""
+    rows = problems[:4]
+    prompts = [prompt_ids(tokenizer, x["problem"]) for x in rows]
+    completions = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in
+                   ("reverse: 51937\n\\boxed{51937}", "7", "Take 123 and sort up, which gives 123.\n\\boxed{123}", "\\boxed{9}")]
+    return rows, prompts, completions
+
+
+def test_batch_equals_one_by_one_and_the_plain_forward(model, tokenizer, problems):
+    _, prompts, completions = ragged(tokenizer, problems)
+    together = completion_logits(model, prompts, completions).split([len(c) for c in completions])
+    for p, c, logits in zip(prompts, completions, together):
+        assert torch.allclose(logits, completion_logits(model, [p], [c]), atol=1e-4)
+        plain = model(torch.tensor([p + c])).logits[0, len(p) - 1:-1]  # predicts c[0] from the prompt's last token, and c[-1], the end token
+        assert torch.allclose(logits, plain, atol=1e-4)
+
+
+def test_pad_id_and_end_token_inside_the_prompt_are_not_masked(model, tokenizer):
+    odd = [tokenizer.pad_token_id, tokenizer.eos_token_id, 30, 31]
+    alone = completion_logits(model, [odd], [[32, tokenizer.eos_token_id]])
+    padded = completion_logits(model, [odd, list(range(20, 60))], [[32, tokenizer.eos_token_id], [33]])
+    assert alone.shape[0] == 2 and torch.allclose(alone, padded[:2], atol=1e-4)
+
+
+def test_same_weights_and_context_give_no_kl_but_shifted_by_one_they_do(stages, model, tokenizer, problems):
+    _, prompts, completions = ragged(tokenizer, problems)
+    with torch.no_grad():
+        a, b = completion_logits(model, prompts, completions), completion_logits(model, prompts, completions)
+    assert stages[4].token_kl(a, b).abs().max() < 1e-6
+    assert stages[4].token_kl(a[1:], b[:-1]).mean() > 0.1
+
+
+def test_teacher_scores_the_second_y_causally_and_reads_the_first(model, tokenizer, problems):
+    x, y = problems[0]["problem"], tokenizer("reverse: 51937\n\\boxed{51937}")["input_ids"] + [tokenizer.eos_token_id]
+    other = [t if i != 4 else tokenizer.convert_tokens_to_ids("8") for i, t in enumerate(y)]
+    assert other != y
+    with torch.no_grad():
+        base = completion_logits(model, [revision_ids(tokenizer, x, y, 0)], [y])
+        later = completion_logits(model, [revision_ids(tokenizer, x, y, 0)], [other])
+        first = completion_logits(model, [revision_ids(tokenizer, x, other, 0)], [y])
+        reward = completion_logits(model, [revision_ids(tokenizer, x, y, 1)], [y])
+    assert torch.allclose(base[:5], later[:5], atol=1e-5)       # token 4 of the second y is predicted before it is read
+    assert not torch.allclose(base[5], later[5], atol=1e-3)
+    assert not torch.allclose(base[0], first[0], atol=1e-3)     # conditioning on the first y
+    assert not torch.allclose(base[0], reward[0], atol=1e-3)    # and on the reward
+
+
+def test_first_copy_has_no_end_token_and_sft_prefix_is_the_teachers(stages, tokenizer, problems):
+    x, y = problems[0], tokenizer("\\boxed{1}")["input_ids"] + [tokenizer.eos_token_id]
+    prefix = revision_ids(tokenizer, x["problem"], y, 0)
+    delimiter = tokenizer("\n\nWait, this response is not correct, let me start over.\n\n")["input_ids"]
+    assert prefix == prompt_ids(tokenizer, x["problem"]) + y[:-1] + delimiter
+    row = {**x, "response_ids": y, "reward": 0, "revised_ids": [9, 8, tokenizer.eos_token_id]}
+    pairs = stages[3].sequences(row, tokenizer, "srt", common.P_R)
+    assert pairs["revision"] == (prefix, row["revised_ids"])
+    assert pairs["generation"] == (prompt_ids(tokenizer, x["problem"]), y[:-1] + delimiter + row["revised_ids"])
+    assert tokenizer.eos_token_id not in pairs["generation"][1][:-1]
+
+
+def test_srt_loss_is_the_sum_of_two_token_means(stages, model, tokenizer, problems):
+    rows = [{**x, "response_ids": y, "reward": i % 2, "revised_ids": y[::-1]} for i, (x, _, y) in enumerate(zip(*ragged(tokenizer, problems)))]
+    batch = [stages[3].sequences(r, tokenizer, "srt", common.P_R) for r in rows]
+    naive = 0.0
+    for name in ("revision", "generation"):
+        logps = []
+        for pairs in batch:
+            p, c = pairs[name]
+            logp = model(torch.tensor([p + c])).logits[0].log_softmax(-1)
+            logps += [logp[len(p) + j - 1, t].item() for j, t in enumerate(c)]
+        naive -= sum(logps) / len(logps)
+    tokens = {name: sum(len(pairs[name][1]) for pairs in batch) for name in batch[0]}
+    assert stages[3].srt_loss(model, batch, tokens).item() == pytest.approx(naive, rel=1e-4)
+    assert sum(stages[3].srt_loss(model, [b], tokens).item() for b in batch) == pytest.approx(naive, rel=1e-4)  # 4 × 1 is 1 × 4
+
+
+def test_kl_gradient_reaches_the_student_only_and_is_the_same_for_any_split(stages, model, tokenizer, problems):
+    _, prompts, completions = ragged(tokenizer, problems)
+    prefixes = [revision_ids(tokenizer, x["problem"], y, 0) for x, y in zip(problems, completions)]
+    teacher = common.load_model(common.HERE / "data/base", tokenizer, torch.device("cpu")).requires_grad_(False)
+    tokens, gradients = sum(map(len, completions)), []
+    for size in (4, 1):
+        model.zero_grad()
+        for b in range(0, 4, size):
+            cut = slice(b, b + size)
+            kl = stages[4].token_kl(completion_logits(model, prompts[cut], completions[cut]), completion_logits(teacher, prefixes[cut], completions[cut]))
+            (kl.sum() / tokens).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert gradients[0].norm() > 0 and F.cosine_similarity(*gradients, dim=0) > 1 - 1e-5
+    assert gradients[0].norm().item() == pytest.approx(gradients[1].norm().item(), rel=1e-4)
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_pass_at_k_by_hand(stages):
+    assert stages[5].pass_at_k(4, 1, 1) == pytest.approx(1 / 4)
+    assert stages[5].pass_at_k(4, 1, 2) == pytest.approx(1 / 2)
+    assert stages[5].pass_at_k(8, 0, 8) == 0 and stages[5].pass_at_k(8, 1, 8) == 1
+    assert stages[5].pass_at_k(10, 3, 5) == pytest.approx(1 - math.comb(7, 5) / math.comb(10, 5))
+
+
+def test_summary_by_hand(stages):
+    wait, fine = common.P_R[0], common.P_R[1]
+    row = lambda i, reward, revised, response="\\boxed{1}", greedy=False: {
+        "id": i, "greedy": greedy, "reward": reward, "revised_reward": revised, "response": response, "response_ids": [5] * (4 + 2 * reward), "finished": True, "answer": "1"}
+    rows = [row("a", 1, 1), row("a", 0, 1), row("b", 1, 0), row("b", 1, 1),
+            row("c", 0, 0, f"\\boxed{{2}}\n\n{wait}\n\n\\boxed{{1}}\n\n{wait}\n\n\\boxed{{3}}"), row("c", 0, 0, f"{fine} \\boxed{{2}} {fine} \\boxed{{4}}"),
+            row("a", 1, None, greedy=True), row("b", 0, None, greedy=True)]
+    s = stages[5].summarise("x", rows, 2, common.P_R)
+    assert s["accuracy"] == pytest.approx(0.5) and s["accuracy_se"] == pytest.approx(math.sqrt(0.25 / 3))  # problems: .5, 1, 0
+    assert s["pass_at_k"] == pytest.approx(2 / 3) and s["greedy"] == 0.5 and s["mean_tokens"] == 5
+    assert s["correction_rate"] == pytest.approx(1 / 3) and s["spoiling_rate"] == pytest.approx(1 / 3) and s["revised_accuracy"] == 0.5
+    # said after attempts: wrong after {2} true, wrong after {1} false, right after {2} false; the phrase before any attempt does not count
+    assert s["phrases"] == pytest.approx(3 / 6) and s["phrases_true"] == pytest.approx(1 / 3)
+    assert s["wrong_after_wrong"] == 0.5 and s["wrong_after_right"] == 1.0

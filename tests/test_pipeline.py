@@ -1,0 +1,205 @@
+"""The five scripts in miniature on the embedded model: artifacts, resumption, determinism, and a user's mistakes."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+
+import common
+from conftest import MINI, ROOT
+
+
+def rows_of(path):
+    return [json.loads(line) for line in open(path)]
+
+
+# ---------------------------------------------------------------- the miniature
+
+def test_every_stage_leaves_its_artifacts_and_says_what_made_them(mini):
+    for name in ("responses.jsonl", "verified.jsonl", "revisions.jsonl", "srt.jsonl", "distill.jsonl", "eval.jsonl", "summary.json", "stages.png", "token_kl.png"):
+        assert (mini / name).stat().st_size > 0, name
+    for name in ("responses", "verified", "revisions", "srt", "distill", "sd_zero", "eval"):
+        meta = json.loads((mini / f"{name}.meta.json").read_text())
+        assert {"made_of", "arguments", "versions", "device", "commit", "seconds", "counts"} <= meta.keys(), name
+
+
+def test_stages_only_add_fields_and_drop_no_row(mini):
+    responses, verified, revisions = (rows_of(mini / f"{n}.jsonl") for n in ("responses", "verified", "revisions"))
+    assert [{k: v[k] for k in r} for r, v in zip(responses, verified, strict=True)] == responses
+    by_id = {v["id"]: v for v in verified}
+    for r in revisions:
+        assert {k: r[k] for k in by_id[r["id"]]} == by_id[r["id"]]
+    for v in verified:
+        if v["finished"]:
+            assert sum(r["id"] == v["id"] for r in revisions) == (1 if v["reward"] else 4)
+    assert {r["p_r"] for r in revisions if r["reward"]} <= {common.P_R[1]} and {r["p_r"] for r in revisions if not r["reward"]} == {common.P_R[0]}
+
+
+def test_kept_means_finished_verified_and_new(mini):
+    kept = [r for r in rows_of(mini / "revisions.jsonl") if r["kept"] == "yes"]
+    assert kept and all(r["revised_reward"] == 1 and r["revised_finished"] and r["finished"] for r in kept)
+    assert len({(r["id"], tuple(r["revised_ids"])) for r in kept}) == len(kept)
+
+
+def test_response_is_for_people_and_ids_are_exact(mini, tokenizer):
+    for r in rows_of(mini / "responses.jsonl"):
+        assert tokenizer.decode(r["response_ids"], skip_special_tokens=True) == r["response"]
+        assert r["finished"] == (r["response_ids"][-1] == tokenizer.eos_token_id)
+
+
+def test_training_moves_the_weights(mini):
+    weights = [common.load_model(m, common.load_tokenizer(m), torch.device("cpu")).state_dict() for m in (ROOT / "data/base", mini / "srt", mini / "sd_zero")]
+    for a, b in zip(weights, weights[1:]):
+        assert any(not torch.equal(a[k], b[k]) for k in a)
+
+
+def test_summary_has_the_promised_columns(mini):
+    summary = json.loads((mini / "summary.json").read_text())
+    assert [r["checkpoint"] for r in summary] == ["base", "srt", "sd_zero"]
+    assert {"n", "k", "accuracy", "accuracy_se", "pass_at_k", "mean_tokens", "finished", "revised_accuracy", "correction_rate", "spoiling_rate"} <= summary[0].keys()
+
+
+# ---------------------------------------------------------------- what 04 trains on, and with whom
+
+def run_distill(stages, mini, out, *flags):
+    shutil.copy(mini / "verified.jsonl", out)
+    stages[4].main([*MINI[4], "--srt", str(mini / "srt"), "--out", str(out), *flags])
+    return common.load_model(out / "sd_zero", common.load_tokenizer(out / "sd_zero"), torch.device("cpu"))
+
+
+def test_distillation_does_not_depend_on_the_micro_batch(stages, mini, tmp_path):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    whole, split = (run_distill(stages, mini, tmp_path / d, "--micro-batch", n) for d, n in (("a", "8"), ("b", "3")))
+    start = common.load_model(mini / "srt", common.load_tokenizer(mini / "srt"), torch.device("cpu"))
+    for w, s, p in zip(whole.parameters(), split.parameters(), start.parameters()):
+        assert (w - s).abs().max() < 0.05 * (w - p).abs().max() + 1e-7
+
+
+def test_teacher_is_frozen_and_synchronised_between_rounds_only(stages, mini, tmp_path, monkeypatch):
+    models, teachers, real_load, real_logits = [], [], stages[4].load_model, stages[4].completion_logits
+    monkeypatch.setattr(stages[4], "load_model", lambda *a: models.append(real_load(*a)) or models[-1])
+
+    def spy(model, prefixes, completions):
+        if model is models[1]:
+            assert not torch.is_grad_enabled() and not any(p.requires_grad for p in model.parameters())
+            teachers.append(torch.cat([p.flatten() for p in model.parameters()]).clone())
+            students.append(torch.cat([p.detach().flatten() for p in models[0].parameters()]).clone())
+        return real_logits(model, prefixes, completions)
+    students = []
+    monkeypatch.setattr(stages[4], "completion_logits", spy)
+    run_distill(stages, mini, tmp_path, "--rounds", "2")
+    assert len(teachers) == 4  # one micro-batch a step, two steps a round
+    assert torch.equal(teachers[0], teachers[1]) and torch.equal(teachers[2], teachers[3])
+    assert torch.equal(teachers[0], students[0]) and torch.equal(teachers[2], students[2]) and not torch.equal(teachers[0], teachers[2])
+    assert not torch.equal(teachers[1], students[1])
+
+
+def test_distillation_leaves_phase_1_problems_out(stages, mini, tmp_path, monkeypatch):
+    asked, real = [], stages[4].prompt_ids
+    monkeypatch.setattr(stages[4], "prompt_ids", lambda tokenizer, problem: asked.append(problem) or real(tokenizer, problem))
+    run_distill(stages, mini, tmp_path)
+    assert len(asked) == 16 and not set(asked) & {r["problem"] for r in rows_of(mini / "verified.jsonl")}
+
+
+# ---------------------------------------------------------------- interruption and determinism
+
+@pytest.mark.parametrize("stage, name", [(1, "responses"), (2, "verified"), (3, "revisions"), (5, "eval")])
+def test_a_torn_artifact_is_continued_to_the_same_bytes(stages, mini, tmp_path, stage, name):
+    out = tmp_path / "run"
+    shutil.copytree(mini, out)
+    whole = (mini / f"{name}.jsonl").read_bytes()
+    (out / f"{name}.jsonl").write_bytes(whole[:len(whole) * 2 // 3])
+    if stage == 3:
+        shutil.rmtree(out / "srt")
+    flags = [*MINI[stage], *(["--batch-rows", "7"] if stage != 2 else [])]
+    if stage == 5:  # the checkpoints are inputs: the very same files
+        flags += ["--checkpoints", f"base={ROOT / 'data/base'}", f"srt={mini / 'srt'}", f"sd_zero={mini / 'sd_zero'}"]
+        (out / "eval.meta.json").unlink(), (out / "eval.jsonl").unlink()
+        stages[5].main([*flags, "--out", str(out)])
+        whole = (out / "eval.jsonl").read_bytes()
+        (out / "eval.jsonl").write_bytes(whole[:len(whole) * 2 // 3])
+    stages[stage].main([*flags, "--out", str(out)])
+    assert (out / f"{name}.jsonl").read_bytes() == whole
+    if stage == 3:
+        a, b = (torch.cat([p.flatten() for p in common.load_model(f / "srt", common.load_tokenizer(f / "srt"), torch.device("cpu")).parameters()]) for f in (mini, out))
+        assert torch.equal(a, b)
+
+
+# ---------------------------------------------------------------- a user's mistakes: one line, exit code 2, nothing overwritten
+
+def refused(stage, argv, capsys):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e:
+        stage.main([str(a) for a in argv])
+    message = capsys.readouterr().err.strip().splitlines()
+    message = [line for line in message if line.startswith("error: ")] or message
+    assert e.value.code == 2 and len(message) == 1, message
+    return message[0]
+
+
+def test_a_stage_before_its_predecessor_names_the_command(stages, tmp_path, mini, capsys):
+    for stage, command in ((2, "01_generate.py"), (3, "02_verify.py"), (4, "02_verify.py"), (5, "03_revise_sft.py")):
+        assert command in refused(stages[stage], ["--out", tmp_path], capsys)
+    shutil.copy(mini / "verified.jsonl", tmp_path)
+    assert "03_revise_sft.py" in refused(stages[4], ["--out", tmp_path], capsys)
+    assert not (tmp_path / "sd_zero").exists()
+
+
+@pytest.mark.parametrize("text, says", [
+    ("", "is empty"), ("{\n", ":1: not JSON"), ('{"id": "a", "problem": "x"}\n', ":1: field 'answer'"), ("[1]\n", ":1: field"), ("\x00\n", ":1: not JSON"),
+    ('{"problem": "x", "answer": "1"}\n{"problem": "x", "answer": ""}\n', ":2: 'answer'"), ('{"problem": "x", "answer": 1}\n', ":1: 'answer'"),
+    ('{"id": "a", "problem": "x", "answer": "1"}\n{"id": "a", "problem": "y", "answer": "1"}\n', ":2: id 'a' appears twice"),
+    ('{"kind": "poem", "problem": "x", "answer": "1"}\n', ":1: kind 'poem'")])
+def test_bad_problem_files_are_named_by_file_and_line(stages, tmp_path, capsys, text, says):
+    (tmp_path / "p.jsonl").write_text(text)
+    message = refused(stages[1], ["--data", tmp_path / "p.jsonl", "--out", tmp_path / "run"], capsys)
+    assert says in message and "p.jsonl" in message and not (tmp_path / "run").exists()
+
+
+def test_bad_flags_and_bad_models(stages, tmp_path, capsys, mini):
+    one = stages[1]
+    assert "--seeed" in refused(one, ["--seeed", 1], capsys)
+    assert "--limit" in refused(one, ["--limit", 0], capsys) and "--n" in refused(one, ["--n", "x"], capsys)
+    assert "'poem'" in refused(stages[3], ["--objective", "poem"], capsys) and "'poem'" in refused(stages[4], ["--kl", "poem"], capsys)
+    assert "--device" in refused(one, ["--device", "abacus", "--out", tmp_path / "r"], capsys)
+    assert "config.json" in refused(one, ["--model", tmp_path, "--out", tmp_path / "r"], capsys)
+    assert "does not exist" in refused(one, ["--model", tmp_path / "none", "--out", tmp_path / "r"], capsys)
+    assert "does not exist" in refused(one, ["--data", tmp_path / "none.jsonl", "--out", tmp_path / "r"], capsys)
+    assert "--k 4" in refused(stages[5], ["--n", 2, "--k", 4, "--out", mini], capsys)
+    assert "NAME=MODEL" in refused(stages[5], ["--checkpoints", "base", "--out", mini], capsys)
+    shutil.copytree(ROOT / "data/base", tmp_path / "m")
+    (tmp_path / "m/model.safetensors").unlink()
+    assert "weights" in refused(one, ["--model", tmp_path / "m", "--out", tmp_path / "r"], capsys)
+    (tmp_path / "m/chat_template.jinja").unlink()
+    assert "chat template" in refused(one, ["--model", tmp_path / "m", "--out", tmp_path / "r"], capsys)
+
+
+@pytest.mark.parametrize("stage, flags, says", [(1, ["--seed", "1"], "seed"), (1, ["--limit", "25"], "limit"), (3, ["--lr", "1"], "lr"),
+                                                (4, ["--kl", "forward"], "kl"), (5, ["--temperature", "0.5"], "temperature"),
+                                                (3, ["--p-r-wrong", "No."], "p_r_wrong")])
+def test_artifacts_of_other_arguments_are_not_overwritten(stages, mini, capsys, stage, flags, says):
+    before = {f: f.read_bytes() for f in mini.rglob("*") if f.is_file()}
+    message = refused(stages[stage], [*MINI[stage], *flags, "--out", mini], capsys)
+    assert says in message and "--overwrite" in message
+    assert {f: f.read_bytes() for f in mini.rglob("*") if f.is_file()} == before
+
+
+def test_new_responses_make_the_old_rewards_refused(stages, mini, tmp_path, capsys):
+    shutil.copytree(mini, tmp_path / "run")
+    stages[1].main([*MINI[1], "--seed", "1", "--overwrite", "--out", str(tmp_path / "run")])
+    assert "responses (hash)" in refused(stages[2], ["--out", tmp_path / "run"], capsys)
+
+
+def test_all_answers_wrong_or_ungradable_is_said_before_training(stages, tmp_path, capsys):
+    rows = [{"id": str(i), "sample": 0, "problem": "x", "answer": "", "response": "\\boxed{1}", "response_ids": [5, 2], "finished": True} for i in range(3)]
+    common.append_jsonl(tmp_path / "responses.jsonl", rows)
+    assert "rewards mean nothing" in refused(stages[2], ["--out", tmp_path], capsys)
+
+
+def test_readme_line_counts_are_the_files(stages):
+    table = re.findall(r"^\| `([\w/.]+)` \| (\d+) \|", (ROOT / "README.md").read_text(), re.M)
+    assert len(table) >= 7
+    for name, lines in table:
+        assert len((ROOT / name).read_text().splitlines()) == int(lines), name

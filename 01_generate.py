@@ -26,8 +26,8 @@ def main(argv=None):
     g.add_argument("--n", default=1, type=positive, help="answers a problem [paper: 1]")
     g.add_argument("--max-new-tokens", default=320, type=positive, help="(default: 320) [paper: 16384]")
     g.add_argument("--temperature", default=1.0, type=float, help="0 is greedy (default: 1.0) [paper: 0.7; official code: 1.0]")
-    g.add_argument("--batch-rows", default=256, type=positive, help="answers sampled at once; does not change them")
-    p.set_defaults(limit=2000)
+    g.add_argument("--batch-rows", default=200, type=positive, help="answers sampled at once; does not change them")
+    p.set_defaults(limit=1500)
     args = p.parse_args(argv)
     path = args.responses or args.out / "responses.jsonl"
 
@@ -39,6 +39,8 @@ def main(argv=None):
     tasks = [(x, k) for x in problems for k in range(args.n)]
     if [(r["id"], r["sample"]) for r in done] != [(x["id"], k) for x, k in tasks[:len(done)]]:
         die(f"{path} does not hold these problems in their order; --overwrite makes it again")
+    if len(done) == len(tasks):
+        return print(f"{path} is there already: {len(done)} answers")
 
     # ---- sample
     began, device = time.time(), pick_device(args.device)
@@ -56,7 +58,7 @@ def main(argv=None):
         progress.update(len(batch))
         progress.set_postfix(finished=f"{finished / (progress.n - len(done)):.0%}", tokens=f"{tokens / (progress.n - len(done)):.0f}")
     progress.close()
-    finish(path, began, answers=len(tasks), sampled_now=len(tasks) - len(done))
+    finish(path, began, device, answers=len(tasks), sampled_now=len(tasks) - len(done))
     print(f"{path}: {len(tasks)} answers to {len(problems)} problems")
 
 

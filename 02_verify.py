@@ -35,14 +35,16 @@ def main(argv=None):
         reward, verdict, extracted = verify(row, row["response"])
         append_jsonl(path, [{**row, "reward": reward, "verdict": verdict, "extracted": extracted}])
         verdicts[verdict] += 1
-    finish(path, began, **verdicts)
+    if len(done) < len(rows[:args.limit]):
+        finish(path, began, "cpu", **verdicts)
 
     n = sum(verdicts.values())
     if verdicts["error"] + verdicts["timeout"] > n / 2:
-        die(f"{path}: {verdicts['error']} errors and {verdicts['timeout']} timeouts in {n} answers: the rewards mean nothing; look at 'answer' in {source}")
+        die(f"{path}: {verdicts['error']} errors and {verdicts['timeout']} timeouts in {n} answers, so the rewards mean nothing; "
+            f"look at 'answer' in {source}")
     cut = sum(not r["finished"] for r in rows[:args.limit])
-    print(f"{path}: {n} answers, accuracy {verdicts['correct'] / n:.1%}, finished {1 - cut / n:.1%}, no answer {verdicts['no_answer'] / n:.1%}"
-          + "".join(f", {k} {verdicts[k]}" for k in ("timeout", "error") if verdicts[k]))
+    print(f"{path}: {n} answers, accuracy {verdicts['correct'] / n:.1%}, finished {1 - cut / n:.1%}, "
+          f"no answer {verdicts['no_answer'] / n:.1%}, timeouts {verdicts['timeout']}, errors {verdicts['error']}")
 
 
 if __name__ == "__main__":

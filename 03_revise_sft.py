@@ -43,22 +43,21 @@ def collect(path, rows, done, model, tokenizer, args):
         die(f"{path} does not hold the revisions of these answers in their order; --overwrite makes it again")
     seen = {(r["id"], r["sample"], tuple(r["revised_ids"])) for r in done if r["kept"] == "yes"}
     progress, kept = tqdm(total=len(tasks), initial=len(done), desc="revise", unit="revision"), Counter(r["kept"] for r in done)
-    for b in range(len(done), len(tasks), args.batch_rows):
-        batch = tasks[b:b + args.batch_rows]
+    for b in range(len(done), len(tasks), 4 * args.batch_rows):  # four batches at a time, which sample() sorts by length
+        batch = tasks[b:b + 4 * args.batch_rows]
         prefixes = [revision_ids(tokenizer, r["problem"], r["response_ids"], r["reward"], p_r) for r, _ in batch]
         seeds = [row_seed(args.seed, "revise", r["id"], r["sample"], k) for r, k in batch]
         out = []
         for (row, k), ids in zip(batch, sample(model, tokenizer, prefixes, seeds, args.max_new_tokens, args.temperature, args.batch_rows)):
             text = tokenizer.decode(ids, skip_special_tokens=True)
             reward, verdict, _ = verify(row, text)
-            key = (row["id"], row["sample"], tuple(ids))
-            why = ("revision cut" if ids[-1] not in end_ids(model) else "revision " + verdict if not reward
-                   else "duplicate" if key in seen else "yes")
+            finished, key = ids[-1] in end_ids(model), (row["id"], row["sample"], tuple(ids))
+            why = "revision cut" if not finished else "revision " + verdict if not reward else "duplicate" if key in seen else "yes"
             if why == "yes":
                 seen.add(key)
             kept[why] += 1
-            out.append({**row, "revision": k, "p_r": p_r[row["reward"]], "revised": text, "revised_ids": ids, "revised_finished": ids[-1] in end_ids(model),
-                        "revised_reward": reward, "revised_verdict": verdict, "kept": why})
+            out.append({**row, "revision": k, "p_r": p_r[row["reward"]], "revised": text, "revised_ids": ids,
+                        "revised_finished": finished, "revised_reward": reward, "revised_verdict": verdict, "kept": why})
         append_jsonl(path, out)
         done = done + out
         progress.update(len(batch))
@@ -69,24 +68,25 @@ def collect(path, rows, done, model, tokenizer, args):
 
 # ---------------------------------------------------------------- the two losses
 
-def sequences(row, tokenizer, objective, p_r):
-    """The (prefix, completion) pairs of a kept tuple: {"revision": ..., "generation": ...}, or one of the two."""
-    prefix = prompt_ids(tokenizer, row["problem"])
+def sequence(row, tokenizer, p_r):
+    """Token ids of a kept tuple in three parts: x as a prompt; y_init (no end token) with P_r; y_revised."""
+    prompt = prompt_ids(tokenizer, row["problem"])
     reviser = revision_ids(tokenizer, row["problem"], row["response_ids"], row["reward"], p_r)
-    pairs = {"revision": (reviser, row["revised_ids"]),                                     # [x, y_init, P_r] → y_revised
-             "generation": (prefix, reviser[len(prefix):] + row["revised_ids"])}            # [x] → [y_init, P_r, y_revised]
-    return pairs if objective == "srt" else {objective: pairs[objective]}
+    return prompt, reviser[len(prompt):], row["revised_ids"]
 
 
-def srt_loss(model, batch, tokens):
-    """Part of L_SRT that these rows make up: each loss is a sum over its tokens, over `tokens`[name], its tokens in the whole step."""
-    total = 0.0
-    for name in tokens:
-        prefixes, completions = zip(*(pairs[name] for pairs in batch))
-        logits = completion_logits(model, prefixes, completions)                            # [N, V]
-        targets = torch.tensor([t for c in completions for t in c], device=logits.device)   # [N]
-        total = total + F.cross_entropy(logits.float(), targets, reduction="sum") / tokens[name]
-    return total
+def srt_loss(model, batch, objective, n_revision, n_generation):
+    """Part of the step's loss that these tuples make up: sums over tokens, over the numbers of such tokens in the whole step.
+
+    Both losses read the same sequence [x, y_init, P_r, y_revised]; they differ in the tokens that they score. One pass serves both.
+    """
+    prompts, attempts, revised = zip(*batch)
+    completions = [a + r for a, r in zip(attempts, revised)]
+    logits = completion_logits(model, prompts, completions).float()                                             # [N, V]
+    nll = F.cross_entropy(logits, torch.tensor(sum(completions, []), device=logits.device), reduction="none")   # [N]
+    is_revised = torch.tensor(sum(([0] * len(a) + [1] * len(r) for a, r in zip(attempts, revised)), []), device=nll.device)
+    l_revision, l_generation = (nll * is_revised).sum() / n_revision, nll.sum() / n_generation
+    return {"srt": l_revision + l_generation, "revision": l_revision, "generation": l_generation}[objective]
 
 
 def main(argv=None):
@@ -98,20 +98,21 @@ def main(argv=None):
     g.add_argument("--revisions-right", default=1, type=int, help="revisions of a right answer (default: 1) [paper: 3; official code: 0]")
     g.add_argument("--max-new-tokens", default=320, type=positive, help="(default: 320) [paper: 16384]")
     g.add_argument("--temperature", default=1.0, type=float, help="(default: 1.0) [paper: 0.7; official code: 1.0 with top-p 0.9]")
-    g.add_argument("--batch-rows", default=256, type=positive, help="answers sampled at once; does not change them")
+    g.add_argument("--batch-rows", default=200, type=positive, help="answers sampled at once; does not change them")
     g = p.add_argument_group("training")
     g.add_argument("--srt", default=None, help="model folder to write (default: OUT/srt)")
     g.add_argument("--objective", default="srt", choices=["srt", "revision", "generation"], help="srt is the sum of the other two")
     g.add_argument("--epochs", default=3, type=positive, help="(default: 3) [paper: 3]")
     g.add_argument("--lr", default=2e-4, type=float, help="peak; cosine with 5%% warm-up (default: 2e-4) [paper: 5e-6]")
     g.add_argument("--batch-size", default=32, type=positive, help="tuples a step (default: 32)")
-    g.add_argument("--micro-batch", default=32, type=positive, help="tuples a forward pass; does not change the gradient")
+    g.add_argument("--micro-batch", default=8, type=positive, help="tuples a forward pass; does not change the gradient")
     args = p.parse_args(argv)
     source, path = args.verified or args.out / "verified.jsonl", Path(args.revisions or args.out / "revisions.jsonl")
     srt = Path(args.srt or args.out / "srt")
 
     # ---- collect revisions from the base
-    rows = read_jsonl(source, ("id", "sample", "problem", "answer", "response_ids", "finished", "reward"), "python 02_verify.py")[:args.limit]
+    rows = read_jsonl(source, ("id", "sample", "problem", "answer", "response_ids", "finished", "reward"), "python 02_verify.py")
+    rows = rows[:args.limit]
     tokenizer, began, device = load_tokenizer(args.model), time.time(), pick_device(args.device)
     done, _ = claim(path, args, {"verified": source, "model": args.model},
                     ("limit", "seed", "p_r_right", "p_r_wrong", "revisions_wrong", "revisions_right", "max_new_tokens", "temperature"),
@@ -120,7 +121,8 @@ def main(argv=None):
     rows = collect(path, rows, done, model, tokenizer, args)
     counts = Counter(r["kept"] for r in rows)
     kept = [r for r in rows if r["kept"] == "yes"]
-    finish(path, began, **counts)
+    if len(done) < len(rows):
+        finish(path, began, device, **counts)
     print(f"{path}: {len(kept)} of {len(rows)} kept, {sum(r['reward'] == 0 for r in kept)} of them after a wrong answer; {dict(counts)}")
     if not kept:
         die(f"{path}: no revision was verified correct, so there is nothing to train on: more problems, or a stronger base")
@@ -135,22 +137,22 @@ def main(argv=None):
     log.unlink(missing_ok=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=1e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    examples = [sequences(r, tokenizer, args.objective, {1: args.p_r_right, 0: args.p_r_wrong}) for r in kept]
+    examples = [sequence(r, tokenizer, {1: args.p_r_right, 0: args.p_r_wrong}) for r in kept]
     rng, batches = random.Random(args.seed), []
     for _ in range(args.epochs):
         order = rng.sample(examples, len(examples))
         batches += [order[b:b + args.batch_size] for b in range(0, len(order), args.batch_size)]
     model.train()
-    progress = tqdm(batches, desc="SRT", unit="step")
+    warm_up, progress = max(1, len(batches) // 20), tqdm(batches, desc="SRT", unit="step")
     for step, batch in enumerate(progress):
-        warm_up = max(1, len(batches) // 20)
-        lr = args.lr * min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * max(0, step - warm_up) / len(batches)))
+        after = max(0, step - warm_up) / max(1, len(batches) - warm_up)                 # 0 until warmed up, then to 1 at the end
+        lr = args.lr * min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * after))
         optimizer.param_groups[0]["lr"] = lr
-        tokens = {name: sum(len(pairs[name][1]) for pairs in batch) for name in batch[0]}
-        loss = 0.0
+        n_revision, n_generation = sum(len(r) for _, _, r in batch), sum(len(a) + len(r) for _, a, r in batch)
+        batch, loss = sorted(batch, key=lambda parts: sum(map(len, parts))), 0.0  # like lengths together: little padding
         for b in range(0, len(batch), args.micro_batch):
             with context():
-                part = srt_loss(model, batch[b:b + args.micro_batch], tokens)
+                part = srt_loss(model, batch[b:b + args.micro_batch], args.objective, n_revision, n_generation)
             scaler.scale(part).backward()
             loss += part.item()
         scaler.unscale_(optimizer)
@@ -158,10 +160,10 @@ def main(argv=None):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        append_jsonl(log, [{"step": step, "loss": loss, "lr": lr, "gradient_norm": norm, "tokens": tokens}])
+        append_jsonl(log, [{"step": step, "loss": loss, "lr": lr, "gradient_norm": norm, "tokens": n_generation}])
         progress.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}")
     save_model(model, tokenizer, srt)
-    finish(srt, began, tuples=len(kept), steps=len(batches))
+    finish(srt, began, device, tuples=len(kept), steps=len(batches))
     print(f"{srt}: trained on {len(kept)} tuples, {len(batches)} steps, last loss {loss:.3f}")
 
 

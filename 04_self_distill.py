@@ -69,11 +69,11 @@ def main(argv=None):
     g.add_argument("--sd-zero", default=None, help="model folder to write (default: OUT/sd_zero)")
     g.add_argument("--distill", default=None, help="file of metrics to write (default: OUT/distill.jsonl)")
     g = p.add_argument_group("distillation")
-    g.add_argument("--steps", default=60, type=positive, help="optimiser steps a round (default: 60)")
+    g.add_argument("--steps", default=50, type=positive, help="optimiser steps a round (default: 50)")
     g.add_argument("--rounds", default=1, type=positive, help="rounds; after each, teacher := student (default: 1)")
     g.add_argument("--batch-size", default=64, type=positive, help="problems a step, one answer each (default: 64) [paper: 128]")
-    g.add_argument("--micro-batch", default=32, type=positive, help="answers a forward pass; does not change the gradient")
-    g.add_argument("--kl", default="reverse", choices=["reverse", "forward", "mixed"], help="(default: reverse, the paper's) [official code: mixed]")
+    g.add_argument("--micro-batch", default=16, type=positive, help="answers a forward pass; does not change the gradient")
+    g.add_argument("--kl", default="reverse", choices=["reverse", "forward", "mixed"], help="(default: reverse) [official code: mixed]")
     g.add_argument("--lr", default=1e-4, type=float, help="constant after warm-up (default: 1e-4) [paper: 5e-6]")
     g.add_argument("--warm-up", default=5, type=positive, help="steps of linear warm-up (default: 5) [paper: 20]")
     g.add_argument("--max-new-tokens", default=320, type=positive, help="(default: 320) [paper: 8192]")
@@ -93,7 +93,8 @@ def main(argv=None):
         die(f"{srt} does not exist; run first: python 03_revise_sft.py")
     tokenizer, began, device = load_tokenizer(srt), time.time(), pick_device(args.device)
     inputs = {"srt": srt, "data": problem_file(args.data, args.split), "verified": verified}
-    settings = ("split", "limit", "seed", "p_r_right", "p_r_wrong", "steps", "rounds", "batch_size", "kl", "lr", "warm_up", "max_new_tokens", "temperature")
+    settings = ("split", "limit", "seed", "p_r_right", "p_r_wrong", "steps", "rounds", "batch_size", "kl", "lr", "warm_up",
+                "max_new_tokens", "temperature")
     claim(log, args, inputs, settings)
     if claim(folder, args, inputs, settings)[1]:
         return print(f"{folder} is there already")
@@ -116,9 +117,10 @@ def main(argv=None):
         seeds = [row_seed(args.seed, "distill", x["id"], step) for x in batch]
         answers = sample(student, tokenizer, prompts, seeds, args.max_new_tokens, args.temperature)
         rows = []
-        for x, y in zip(batch, answers):
+        for y, x in sorted(zip(answers, batch), key=lambda pair: len(pair[0])):  # like lengths together: little padding below
             reward, verdict, _ = verify(x, tokenizer.decode(y, skip_special_tokens=True))
             rows.append({**x, "response_ids": y, "reward": reward, "verdict": verdict})
+        answers = [r["response_ids"] for r in rows]
 
         # ---- teacher, student, KL: a sum over tokens, divided by the tokens of the whole step
         student.train()
@@ -126,11 +128,13 @@ def main(argv=None):
         optimizer.param_groups[0]["lr"] = lr
         for b in range(0, len(rows), args.micro_batch):
             part, y = rows[b:b + args.micro_batch], answers[b:b + args.micro_batch]
+            generator = [prompt_ids(tokenizer, r["problem"]) for r in part]
+            reviser = [revision_ids(tokenizer, r["problem"], r["response_ids"], r["reward"], p_r) for r in part]
             with context():
                 with torch.no_grad():
-                    t_logits = completion_logits(teacher, [revision_ids(tokenizer, r["problem"], r["response_ids"], r["reward"], p_r) for r in part], y)
-                s_logits = completion_logits(student, prompts[b:b + args.micro_batch], y)       # [N, V], aligned with t_logits
-            kl = token_kl(s_logits, t_logits, args.kl)                                          # [N]
+                    teacher_logits = completion_logits(teacher, reviser, y)                             # [N, V]
+                student_logits = completion_logits(student, generator, y)                               # [N, V], the same tokens
+            kl = token_kl(student_logits, teacher_logits, args.kl)                                      # [N]
             scaler.scale(kl.sum() / tokens).backward()
             token_kls += [k.tolist() for k in kl.detach().split([len(a) for a in y])]
 
@@ -143,8 +147,9 @@ def main(argv=None):
 
         # ---- what happened
         mean = lambda values: sum(values) / len(values) if values else None
-        metrics = {"round": step // args.steps, "step": step, "accuracy": mean([r["reward"] for r in rows]), "kl": sum(map(sum, token_kls)) / tokens,
-                   **{f"kl_r{bit}": mean([k for r, ks in zip(rows, token_kls) if r["reward"] == bit for k in ks]) for bit in (0, 1)},
+        kl_by_r = {bit: [k for r, ks in zip(rows, token_kls) if r["reward"] == bit for k in ks] for bit in (0, 1)}
+        metrics = {"round": step // args.steps, "step": step, "accuracy": mean([r["reward"] for r in rows]),
+                   "kl": mean(kl_by_r[0] + kl_by_r[1]), "kl_r0": mean(kl_by_r[0]), "kl_r1": mean(kl_by_r[1]),
                    "kl_first_token": mean([ks[0] for ks in token_kls]), "mean_tokens": tokens / len(rows),
                    "finished": mean([y[-1] in end_ids(student) for y in answers]), "gradient_norm": norm, "lr": lr, "tokens": tokens,
                    "seconds": time.time() - began}
@@ -152,13 +157,12 @@ def main(argv=None):
         progress.set_postfix(accuracy=f"{metrics['accuracy']:.0%}", kl=f"{metrics['kl']:.4f}", tokens=f"{metrics['mean_tokens']:.0f}")
         if step % args.show_every == 0:
             for bit in (0, 1):
-                for row, ks in list(zip(rows, token_kls)):
-                    if row["reward"] == bit:
-                        show(row, ks, tokenizer)
-                        break
+                of_this_kind = [(row, kl) for row, kl in zip(rows, token_kls) if row["reward"] == bit]
+                if of_this_kind:
+                    show(*of_this_kind[len(of_this_kind) // 2], tokenizer)  # the one of median length
     save_model(student, tokenizer, folder)
     for artifact in (folder, log):
-        finish(artifact, began, steps=steps, problems=len(problems))
+        finish(artifact, began, device, steps=steps, problems=len(problems))
     print(f"{folder}: {steps} steps, last batch {metrics['accuracy']:.1%} right with {metrics['mean_tokens']:.0f} tokens an answer")
 
 

@@ -1,7 +1,7 @@
 """Stage 5 of SD-Zero: did it learn, and what?
 
 base, srt/ and sd_zero/ answer the test problems, verify, and revise each of their own answers once (generate-then-revise).
-→ eval.jsonl     a row an answer: 01's and 02's fields, {checkpoint, greedy} and 03's fields of its revision
+→ eval.jsonl     a row an answer: the fields of 01 and 02, {checkpoint, greedy}, and those of 03 for its revision; sample -1 is greedy
 → summary.json   a row a checkpoint; columns below
 → stages.png     accuracy and length by stage;  token_kl.png  one wrong answer, its tokens coloured by KL(student‖reviser)
 
@@ -47,25 +47,24 @@ def evaluate(name, folder, problems, done, path, args):
         return [(y, text, y[-1] in end_ids(model), *verify(x, text)) for (x, _), y, text in zip(batch, out, texts)]
 
     progress = tqdm(total=len(tasks), initial=len(done), desc=name, unit="answer")
-    for b in range(len(done), len(tasks), args.batch_rows):
-        batch, rows = tasks[b:b + args.batch_rows], []
+    for b in range(len(done), len(tasks), 2 * args.batch_rows):
+        batch, rows = tasks[b:b + 2 * args.batch_rows], []
         for greedy in (True, False):
             part = [(x, k) for x, k in batch if (k < 0) == greedy]
-            if part:
-                for (x, k), (y, text, ended, reward, verdict, extracted) in zip(
-                        part, answer(part, [prompt_ids(tokenizer, x["problem"]) for x, _ in part], "eval", 0.0 if greedy else args.temperature)):
-                    rows.append({"checkpoint": name, **x, "sample": k, "greedy": greedy, "response": text, "response_ids": y, "finished": ended,
-                                 "reward": reward, "verdict": verdict, "extracted": extracted})
+            answers = answer(part, [prompt_ids(tokenizer, x["problem"]) for x, _ in part], "eval", 0.0 if greedy else args.temperature)
+            for (x, k), (y, text, finished, reward, verdict, extracted) in zip(part, answers):
+                rows.append({"checkpoint": name, **x, "sample": k, "greedy": greedy, "response": text, "response_ids": y,
+                             "finished": finished, "reward": reward, "verdict": verdict, "extracted": extracted})
         sampled = [r for r in rows if not r["greedy"]]
-        if sampled:
-            prefixes = [revision_ids(tokenizer, r["problem"], r["response_ids"], r["reward"], p_r) for r in sampled]
-            for r, (y, text, ended, reward, verdict, _) in zip(
-                    sampled, answer([(r, r["sample"]) for r in sampled], prefixes, "eval revision", args.temperature)):
-                r.update(p_r=p_r[r["reward"]], revised=text, revised_ids=y, revised_finished=ended, revised_reward=reward, revised_verdict=verdict)
+        prefixes = [revision_ids(tokenizer, r["problem"], r["response_ids"], r["reward"], p_r) for r in sampled]
+        revisions = answer([(r, r["sample"]) for r in sampled], prefixes, "eval revision", args.temperature)
+        for r, (y, text, finished, reward, verdict, _) in zip(sampled, revisions):
+            r.update(p_r=p_r[r["reward"]], revised=text, revised_ids=y, revised_finished=finished, revised_reward=reward,
+                     revised_verdict=verdict)
         append_jsonl(path, rows)
         done = done + rows
         progress.update(len(batch))
-        progress.set_postfix(right=f"{np.mean([r['reward'] for r in rows]):.0%}", tokens=f"{np.mean([len(r['response_ids']) for r in rows]):.0f}")
+        progress.set_postfix(right=f"{np.mean([r['reward'] for r in rows]):.0%}")
     progress.close()
     return done
 
@@ -118,7 +117,7 @@ def summarise(name, rows, k, p_r):
 
 def print_table(summary):
     columns = [c for c in summary[0] if c not in ("problems", "n", "k")]
-    cell = lambda v: "–" if v is None else f"{v:.3f}" if isinstance(v, float) and abs(v) < 10 else f"{v:.1f}" if isinstance(v, float) else str(v)
+    cell = lambda v: "–" if v is None else v if isinstance(v, str) else f"{v:.3f}" if v < 10 else f"{v:.1f}"
     print(f"\n{summary[0]['problems']} problems, n = {summary[0]['n']}, k = {summary[0]['k']}")
     for c in columns:
         print(f"{c:18}" + "".join(f"{cell(row[c]):>12}" for row in summary))
@@ -130,7 +129,8 @@ def plot_stages(summary, path):
     from matplotlib import pyplot as plt
     names = [r["checkpoint"] for r in summary]
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
-    left.bar(names, [r["accuracy"] for r in summary], yerr=[r["accuracy_se"] or 0 for r in summary], color="0.75", edgecolor="black", capsize=4, label="answer")
+    left.bar(names, [r["accuracy"] for r in summary], yerr=[r["accuracy_se"] or 0 for r in summary], capsize=4, color="0.75",
+             edgecolor="black", label="answer")
     left.plot(names, [r["revised_accuracy"] for r in summary], "k^", label="after its own revision")
     left.plot(names, [r["greedy"] for r in summary], "kx", label="greedy")
     left.set(title="accuracy", ylim=(0, 1))
@@ -164,7 +164,8 @@ def plot_token_kl(row, folder, path, args):
     axes.axis("off")
     for x, at, text, k in places:
         axes.add_patch(plt.Rectangle((x, at + 0.05), max(len(text), 0.4), 0.9, color=plt.cm.Greys(0.75 * k / top) if top else "white"))
-        axes.text(x + len(text) / 2, at + 0.5, text.replace("$", r"\$"), family="monospace", size=9, ha="center", va="center", color="white" if k > 0.7 * top else "black")
+        axes.text(x + len(text) / 2, at + 0.5, text.replace("$", r"\$"), family="monospace", size=9, ha="center", va="center",
+                  color="white" if k > 0.7 * top else "black")
     figure.suptitle(f"{row['problem']}  (answer: {row['answer']})\na wrong answer of {row['checkpoint']}; darkest = {top:.1f} nats", size=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -174,14 +175,14 @@ def main(argv=None):
     p = arguments(__doc__)
     g = p.add_argument_group("evaluation")
     g.add_argument("--split", default="test", help="split of --data (default: test)")
-    g.add_argument("--checkpoints", nargs="+", default=None, metavar="NAME=MODEL", help="(default: base=MODEL srt=OUT/srt sd_zero=OUT/sd_zero)")
+    g.add_argument("--checkpoints", nargs="+", metavar="NAME=MODEL", help="(default: base=MODEL srt=OUT/srt sd_zero=OUT/sd_zero)")
     g.add_argument("--eval", default=None, help="file to write (default: OUT/eval.jsonl)")
     g.add_argument("--summary", default=None, help="file to write (default: OUT/summary.json)")
     g.add_argument("--n", default=4, type=positive, help="sampled answers a problem (default: 4) [paper: 8]")
     g.add_argument("--k", default=4, type=positive, help="of pass@k (default: 4) [paper: 8]")
     g.add_argument("--max-new-tokens", default=320, type=positive, help="(default: 320) [paper: 32768]")
     g.add_argument("--temperature", default=1.0, type=float, help="(default: 1.0)")
-    g.add_argument("--batch-rows", default=400, type=positive, help="answers sampled at once; does not change them")
+    g.add_argument("--batch-rows", default=200, type=positive, help="answers sampled at once; does not change them")
     p.set_defaults(limit=400)
     args = p.parse_args(argv)
     path, summary_path = Path(args.eval or args.out / "eval.jsonl"), Path(args.summary or args.out / "summary.json")
@@ -202,7 +203,8 @@ def main(argv=None):
     done, _ = claim(path, args, {"data": problem_file(args.data, args.split), **{f"checkpoint {k}": v for k, v in checkpoints.items()}},
                     ("split", "limit", "seed", "p_r_right", "p_r_wrong", "n", "max_new_tokens", "temperature"),
                     ("checkpoint", "id", "sample", "greedy", "reward", "response_ids"))
-    rows = {name: evaluate(name, folder, problems, [r for r in done if r["checkpoint"] == name], path, args) for name, folder in checkpoints.items()}
+    rows = {name: evaluate(name, folder, problems, [r for r in done if r["checkpoint"] == name], path, args)
+            for name, folder in checkpoints.items()}
 
     # ---- numbers and figures
     summary = [summarise(name, r, args.k, {1: args.p_r_right, 0: args.p_r_wrong}) for name, r in rows.items()]
@@ -212,8 +214,10 @@ def main(argv=None):
     name = "srt" if "srt" in rows else list(rows)[-1]
     wrong = [r for r in rows[name] if not r["greedy"] and not r["reward"] and r["finished"]]
     if wrong:
-        plot_token_kl(min(wrong, key=lambda r: abs(len(r["response_ids"]) - 80)), checkpoints[name], summary_path.with_name("token_kl.png"), args)
-    finish(path, began, answers=sum(map(len, rows.values())))
+        typical = min(wrong, key=lambda r: abs(len(r["response_ids"]) - 80))
+        plot_token_kl(typical, checkpoints[name], summary_path.with_name("token_kl.png"), args)
+    if len(done) < sum(map(len, rows.values())):
+        finish(path, began, args.device, answers=sum(map(len, rows.values())))
     print(f"\n{path}, {summary_path}, stages.png, token_kl.png")
 
 

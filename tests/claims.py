@@ -16,8 +16,10 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = {"01_generate.py": "responses", "02_verify.py": "verified", "03_revise_sft.py": "srt", "04_self_distill.py": "sd_zero", "05_eval.py": "eval"}
-METRICS = {"accuracy": "accuracy, sampled (avg@n), %", "greedy": "accuracy, greedy, %", "pass_at_k": "pass@k, %", "mean_tokens": "tokens an answer",
+STAGES = {"01_generate.py": ["responses"], "02_verify.py": ["verified"], "03_revise_sft.py": ["revisions", "srt"],
+          "04_self_distill.py": ["sd_zero"], "05_eval.py": ["eval"]}
+METRICS = {"accuracy": "accuracy, sampled (avg@n), %", "greedy": "accuracy, greedy, %", "pass_at_k": "pass@k, %",
+           "mean_tokens": "tokens an answer",
            "finished": "finished, %", "revised_accuracy": "accuracy after own revision, %", "correction_rate": "correction rate, %",
            "spoiling_rate": "spoiling rate, %", "phrases": "control phrases an answer", "phrases_true": "of these true, %",
            "wrong_after_wrong": "“wrong” said after a wrong attempt, %", "wrong_after_right": "“wrong” said after a right attempt, %"}
@@ -27,17 +29,17 @@ MARKERS = "<!-- results -->", "<!-- /results -->"
 def run(seed, out):
     """The five scripts with no flag but --seed and --out; returns 05's rows, each with its seed and the run's seconds."""
     seconds = {}
-    for script, artifact in STAGES.items():
+    for script, artifacts in STAGES.items():
         subprocess.run([sys.executable, str(ROOT / script), "--seed", str(seed), "--out", str(out)], check=True)
-        names = ("revisions", "srt") if artifact == "srt" else (artifact,)
-        seconds[script] = sum(json.loads((out / f"{name}.meta.json").read_text())["seconds"] for name in names)
+        seconds[script] = sum(json.loads((out / f"{name}.meta.json").read_text())["seconds"] for name in artifacts)
     return [{"seed": seed, **row, "seconds": seconds} for row in json.loads((out / "summary.json").read_text())]
 
 
 def table(rows):
     """Markdown: mean ± standard error over seeds for each metric and checkpoint; then minutes by stage."""
     names, seeds = list(dict.fromkeys(r["checkpoint"] for r in rows)), sorted({r["seed"] for r in rows})
-    lines = [f"{len(seeds)} seeds, {rows[0]['problems']} test problems, n = {rows[0]['n']}, k = {rows[0]['k']}; mean ± standard error over seeds.", "",
+    lines = [f"{len(seeds)} seeds, {rows[0]['problems']} test problems, n = {rows[0]['n']}, k = {rows[0]['k']}; "
+             f"mean ± standard error over seeds.", "",
              "| | " + " | ".join(names) + " |", "|---|" + "--:|" * len(names)]
     for key, label in METRICS.items():
         cells = []
@@ -49,7 +51,8 @@ def table(rows):
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     one = [r for r in rows if r["checkpoint"] == names[0]]
     minutes = {s: np.median([r["seconds"][s] for r in one]) / 60 for s in STAGES}
-    lines += ["", "Minutes on 2 cores, median over seeds: " + ", ".join(f"{s[:2]} {m:.1f}" for s, m in minutes.items()) + f"; together {sum(minutes.values()):.1f}."]
+    each = ", ".join(f"{s[:2]} {m:.1f}" for s, m in minutes.items())
+    lines += ["", f"Minutes on 2 cores, median over seeds: {each}; together {sum(minutes.values()):.1f}."]
     return "\n".join(lines)
 
 

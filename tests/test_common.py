@@ -25,11 +25,11 @@ def test_sample_does_not_depend_on_neighbours_order_or_batch_size(model, tokeniz
 
 def test_sample_ends_at_the_end_token_or_at_the_limit(model, tokenizer, problems):
     prompts, seeds = prompts_of(tokenizer, problems, 20)
-    answers = sample(model, tokenizer, prompts, seeds, 45)
-    assert {len(y) == 45 for y in answers} == {True, False}, "the limit should cut some and not others"
+    answers = sample(model, tokenizer, prompts, seeds, 80)
+    assert {len(y) == 80 for y in answers} == {True, False}, "the limit should cut some and not others"
     for y in answers:
         assert tokenizer.eos_token_id not in y[:-1]
-        assert y[-1] == tokenizer.eos_token_id or len(y) == 45
+        assert y[-1] == tokenizer.eos_token_id or len(y) == 80
 
 
 def test_sample_greedy_is_generates_greedy(model, tokenizer, problems):

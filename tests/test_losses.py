@@ -92,26 +92,29 @@ def test_first_copy_has_no_end_token_and_sft_prefix_is_the_teachers(stages, toke
     delimiter = tokenizer("\n\nWait, this response is not correct, let me start over.\n\n")["input_ids"]
     assert prefix == prompt_ids(tokenizer, x["problem"]) + y[:-1] + delimiter
     row = {**x, "response_ids": y, "reward": 0, "revised_ids": [9, 8, tokenizer.eos_token_id]}
-    pairs = stages[3].sequences(row, tokenizer, "srt", common.P_R)
-    assert pairs["revision"] == (prefix, row["revised_ids"])
-    assert pairs["generation"] == (prompt_ids(tokenizer, x["problem"]), y[:-1] + delimiter + row["revised_ids"])
-    assert tokenizer.eos_token_id not in pairs["generation"][1][:-1]
+    prompt, attempt, revised = stages[3].sequence(row, tokenizer, common.P_R)
+    assert prompt + attempt == prefix and revised == row["revised_ids"]
+    assert attempt == y[:-1] + delimiter and tokenizer.eos_token_id not in attempt
 
 
 def test_srt_loss_is_the_sum_of_two_token_means(stages, model, tokenizer, problems):
     rows = [{**x, "response_ids": y, "reward": i % 2, "revised_ids": y[::-1]} for i, (x, _, y) in enumerate(zip(*ragged(tokenizer, problems)))]
-    batch = [stages[3].sequences(r, tokenizer, "srt", common.P_R) for r in rows]
-    naive = 0.0
-    for name in ("revision", "generation"):
+    batch = [stages[3].sequence(r, tokenizer, common.P_R) for r in rows]
+
+    def token_mean(pairs):
+        """-log π of the completions given their prefixes, token by token from plain forward passes."""
         logps = []
-        for pairs in batch:
-            p, c = pairs[name]
+        for p, c in pairs:
             logp = model(torch.tensor([p + c])).logits[0].log_softmax(-1)
             logps += [logp[len(p) + j - 1, t].item() for j, t in enumerate(c)]
-        naive -= sum(logps) / len(logps)
-    tokens = {name: sum(len(pairs[name][1]) for pairs in batch) for name in batch[0]}
-    assert stages[3].srt_loss(model, batch, tokens).item() == pytest.approx(naive, rel=1e-4)
-    assert sum(stages[3].srt_loss(model, [b], tokens).item() for b in batch) == pytest.approx(naive, rel=1e-4)  # 4 × 1 is 1 × 4
+        return -sum(logps) / len(logps), len(logps)
+
+    l_revision, n_revision = token_mean([(x + a, r) for x, a, r in batch])       # -log π(y_revised | x, y_init, P_r)
+    l_generation, n_generation = token_mean([(x, a + r) for x, a, r in batch])   # -log π([y_init, P_r, y_revised] | x)
+    for objective, naive in (("revision", l_revision), ("generation", l_generation), ("srt", l_revision + l_generation)):
+        loss = lambda part: stages[3].srt_loss(model, part, objective, n_revision, n_generation).item()
+        assert loss(batch) == pytest.approx(naive, rel=1e-4)
+        assert sum(loss([b]) for b in batch) == pytest.approx(naive, rel=1e-4)   # four micro-batches of one are one of four
 
 
 def test_kl_gradient_reaches_the_student_only_and_is_the_same_for_any_split(stages, model, tokenizer, problems):

@@ -100,7 +100,7 @@ def test_distillation_leaves_phase_1_problems_out(stages, mini, tmp_path, monkey
     asked, real = [], stages[4].prompt_ids
     monkeypatch.setattr(stages[4], "prompt_ids", lambda tokenizer, problem: asked.append(problem) or real(tokenizer, problem))
     run_distill(stages, mini, tmp_path)
-    assert len(asked) == 16 and not set(asked) & {r["problem"] for r in rows_of(mini / "verified.jsonl")}
+    assert len(set(asked)) == 16 and not set(asked) & {r["problem"] for r in rows_of(mini / "verified.jsonl")}
 
 
 # ---------------------------------------------------------------- interruption and determinism
@@ -113,14 +113,7 @@ def test_a_torn_artifact_is_continued_to_the_same_bytes(stages, mini, tmp_path, 
     (out / f"{name}.jsonl").write_bytes(whole[:len(whole) * 2 // 3])
     if stage == 3:
         shutil.rmtree(out / "srt")
-    flags = [*MINI[stage], *(["--batch-rows", "7"] if stage != 2 else [])]
-    if stage == 5:  # the checkpoints are inputs: the very same files
-        flags += ["--checkpoints", f"base={ROOT / 'data/base'}", f"srt={mini / 'srt'}", f"sd_zero={mini / 'sd_zero'}"]
-        (out / "eval.meta.json").unlink(), (out / "eval.jsonl").unlink()
-        stages[5].main([*flags, "--out", str(out)])
-        whole = (out / "eval.jsonl").read_bytes()
-        (out / "eval.jsonl").write_bytes(whole[:len(whole) * 2 // 3])
-    stages[stage].main([*flags, "--out", str(out)])
+    stages[stage].main([*MINI[stage], *(["--batch-rows", "5"] if stage != 2 else []), "--out", str(out)])
     assert (out / f"{name}.jsonl").read_bytes() == whole
     if stage == 3:
         a, b = (torch.cat([p.flatten() for p in common.load_model(f / "srt", common.load_tokenizer(f / "srt"), torch.device("cpu")).parameters()]) for f in (mini, out))
@@ -199,7 +192,7 @@ def test_all_answers_wrong_or_ungradable_is_said_before_training(stages, tmp_pat
 
 
 def test_readme_line_counts_are_the_files(stages):
-    table = re.findall(r"^\| `([\w/.]+)` \| (\d+) \|", (ROOT / "README.md").read_text(), re.M)
+    table = re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", (ROOT / "README.md").read_text(), re.M)
     assert len(table) >= 7
     for name, lines in table:
         assert len((ROOT / name).read_text().splitlines()) == int(lines), name

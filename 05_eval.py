@@ -133,7 +133,7 @@ def plot_stages(summary, path):
              edgecolor="black", label="answer")
     left.plot(names, [r["revised_accuracy"] for r in summary], "k^", label="after its own revision")
     left.plot(names, [r["greedy"] for r in summary], "kx", label="greedy")
-    left.set(title="accuracy", ylim=(0, 1))
+    left.set(title="accuracy", ylim=(0, 1.05))
     left.legend(fontsize=8)
     right.bar(names, [r["mean_tokens"] for r in summary], color="0.75", edgecolor="black")
     right.set(title="tokens an answer")
@@ -151,22 +151,23 @@ def plot_token_kl(row, folder, path, args):
     log_s = completion_logits(model, [prompt_ids(tokenizer, row["problem"])], [y]).float().log_softmax(-1)   # [T, V]
     log_t = completion_logits(model, [prefix], [y]).float().log_softmax(-1)
     kl = F.kl_div(log_t, log_s, log_target=True, reduction="none").sum(-1).tolist()                          # [T]; KL(student‖teacher)
-    top, column, line, columns = max(kl), 0, 0, 72
-    places = []
+    top, column, line, places = max(kl), 0, 0, []                                   # places: (column, line, text, kl)
     for t, k in zip(y, kl):
         text = tokenizer.decode([t])
-        if column + len(text.strip("\n")) > columns:
+        if column + len(text.rstrip("\n")) > 72:
             line, column = line + 1, 0
-        places.append((column, line, text.strip("\n"), k))
+        places.append((column, line, text.replace("\n", ""), k))
         line, column = line + text.count("\n"), 0 if "\n" in text else column + len(text)
-    figure = plt.figure(figsize=(9, 0.28 * (line + 1) + 0.9))
-    axes = figure.add_axes([0.01, 0, 0.98, 1 - 0.6 / (0.28 * (line + 1) + 0.9)], xlim=(0, columns), ylim=(line + 1, -0.2))
+    width, height = 0.602 * 12 / 72, 0.28                                           # inches, of a character of this font at 12 points
+    figure = plt.figure(figsize=(72 * width + 0.2, (line + 1) * height + 0.7))
+    axes = figure.add_axes([0.1 / (72 * width + 0.2), 0, 0.99, 1 - 0.6 / ((line + 1) * height + 0.7)], xlim=(0, 72), ylim=(line + 1.2, 0))
     axes.axis("off")
     for x, at, text, k in places:
-        axes.add_patch(plt.Rectangle((x, at + 0.05), max(len(text), 0.4), 0.9, color=plt.cm.Greys(0.75 * k / top) if top else "white"))
-        axes.text(x + len(text) / 2, at + 0.5, text.replace("$", r"\$"), family="monospace", size=9, ha="center", va="center",
+        axes.add_patch(plt.Rectangle((x, at + 0.05), len(text) or 0.4, 0.9, color=plt.cm.Greys(0.75 * k / top) if top else "white"))
+        axes.text(x, at + 0.5, text.replace("$", r"\$"), family="DejaVu Sans Mono", size=12, va="center",
                   color="white" if k > 0.7 * top else "black")
-    figure.suptitle(f"{row['problem']}  (answer: {row['answer']})\na wrong answer of {row['checkpoint']}; darkest = {top:.1f} nats", size=9)
+    title = f"{row['problem'][:150]}  (answer: {row['answer'][:20]})\na wrong answer of {row['checkpoint']}; darkest = {top:.2f} nats"
+    figure.suptitle(title.replace("$", r"\$"), size=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -14,37 +14,35 @@ import time
 
 from tqdm import tqdm
 
-from common import (append_jsonl, arguments, claim, die, end_ids, finish, load_model, load_problems, load_tokenizer, pick_device, positive,
+from common import (append_jsonl, arguments, at_least, claim, die, end_ids, finish, load_model, load_problems, load_tokenizer, pick_device,
                     problem_file, prompt_ids, row_seed, sample)
 
 
 def main(argv=None):
-    p = arguments(__doc__)
+    p = arguments(__doc__, limit=1500)
     g = p.add_argument_group("generation")
     g.add_argument("--split", default="train", help="split of --data (default: train)")
     g.add_argument("--responses", default=None, help="file to write (default: OUT/responses.jsonl)")
-    g.add_argument("--n", default=1, type=positive, help="answers a problem [paper: 1]")
-    g.add_argument("--max-new-tokens", default=320, type=positive, help="(default: 320) [paper: 16384]")
-    g.add_argument("--temperature", default=1.0, type=float, help="0 is greedy (default: 1.0) [paper: 0.7; official code: 1.0]")
-    g.add_argument("--batch-rows", default=200, type=positive, help="answers sampled at once; does not change them")
-    p.set_defaults(limit=1500)
+    g.add_argument("--n", default=1, type=at_least(1), help="answers a problem [paper: 1]")
+    g.add_argument("--max-new-tokens", default=320, type=at_least(1), help="(default: 320) [paper: 16384]")
+    g.add_argument("--temperature", default=1.0, type=at_least(0.0), help="0 is greedy (default: 1.0) [paper: 0.7; official code: 1.0]")
+    g.add_argument("--batch-rows", default=200, type=at_least(1), help="answers sampled at once; does not change them")
     args = p.parse_args(argv)
     path = args.responses or args.out / "responses.jsonl"
 
     # ---- problems and what is already there
     problems = load_problems(args.data, args.split, args.limit)
-    tokenizer = load_tokenizer(args.model)
-    done, _ = claim(path, args, {"model": args.model, "data": problem_file(args.data, args.split)},
-                    ("split", "limit", "seed", "n", "max_new_tokens", "temperature"), ("id", "sample", "response_ids", "finished"))
+    tokenizer, device = load_tokenizer(args.model), pick_device(args.device)
+    done, complete = claim(path, args, {"model": args.model, "data": problem_file(args.data, args.split)},
+                           ("split", "limit", "seed", "n", "max_new_tokens", "temperature"), ("id", "sample", "response_ids", "finished"))
     tasks = [(x, k) for x in problems for k in range(args.n)]
     if [(r["id"], r["sample"]) for r in done] != [(x["id"], k) for x, k in tasks[:len(done)]]:
-        die(f"{path} does not hold these problems in their order; --overwrite makes it again")
-    if len(done) == len(tasks):
+        die(f"{path} does not hold these problems in their order; remove it to make it again")
+    if complete and len(done) == len(tasks):
         return print(f"{path} is there already: {len(done)} answers")
 
     # ---- sample
-    began, device = time.time(), pick_device(args.device)
-    model = load_model(args.model, tokenizer, device)
+    began, model = time.time(), load_model(args.model, tokenizer, device)
     progress, finished, tokens = tqdm(total=len(tasks), initial=len(done), desc="generate", unit="answer"), 0, 0
     for b in range(len(done), len(tasks), args.batch_rows):
         batch = tasks[b:b + args.batch_rows]

@@ -28,21 +28,24 @@ def main(argv=None):
     source, path = args.responses or args.out / "responses.jsonl", Path(args.verified or args.out / "verified.jsonl")
 
     rows = read_jsonl(source, ("id", "problem", "answer", "response", "response_ids", "finished"), "python 01_generate.py")
-    done, _ = claim(path, args, {"responses": source}, ("limit",), ("id", "reward", "verdict"))
+    rows = rows[:args.limit]
+    done, complete = claim(path, args, {"responses": source}, ("limit",), ("id", "reward", "verdict"))
     began, verdicts = time.time(), Counter(r["verdict"] for r in done)
-    progress = tqdm(rows[len(done):args.limit], initial=len(done), total=len(rows[:args.limit]), desc="verify", unit="answer")
+    if [r["id"] for r in done] != [r["id"] for r in rows[:len(done)]]:
+        die(f"{path} does not hold these answers in their order; remove it to make it again")
+    progress = tqdm(rows[len(done):], initial=len(done), total=len(rows), desc="verify", unit="answer")
     for row in progress:
         reward, verdict, extracted = verify(row, row["response"])
         append_jsonl(path, [{**row, "reward": reward, "verdict": verdict, "extracted": extracted}])
         verdicts[verdict] += 1
-    if len(done) < len(rows[:args.limit]):
+    if not complete:
         finish(path, began, "cpu", **verdicts)
 
     n = sum(verdicts.values())
     if verdicts["error"] + verdicts["timeout"] > n / 2:
         die(f"{path}: {verdicts['error']} errors and {verdicts['timeout']} timeouts in {n} answers, so the rewards mean nothing; "
             f"look at 'answer' in {source}")
-    cut = sum(not r["finished"] for r in rows[:args.limit])
+    cut = sum(not r["finished"] for r in rows)
     print(f"{path}: {n} answers, accuracy {verdicts['correct'] / n:.1%}, finished {1 - cut / n:.1%}, "
           f"no answer {verdicts['no_answer'] / n:.1%}, timeouts {verdicts['timeout']}, errors {verdicts['error']}")
 

@@ -11,7 +11,7 @@ A wrong y_init stays in the context: it is information, not noise. The first cop
 one summed loss instead of two stages of SFT, and revisions of right answers are used too.
 
     python 03_revise_sft.py
-    python 03_revise_sft.py --objective generation --out runs/generation_only --verified runs/demo/verified.jsonl
+    python 03_revise_sft.py --objective generation --srt runs/demo/generation_only    # the same revisions, half of the loss
 """
 
 import math
@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import (append_jsonl, arguments, autocast, claim, completion_logits, die, end_ids, finish, load_model,
-                    load_tokenizer, pick_device, positive, prompt_ids, read_jsonl, revision_ids, row_seed, sample, save_model, verify)
+from common import (append_jsonl, arguments, at_least, autocast, claim, completion_logits, die, end_ids, finish, load_model,
+                    load_tokenizer, pick_device, prompt_ids, read_jsonl, revision_ids, row_seed, sample, save_model, verify)
 
 
 # ---------------------------------------------------------------- collecting revisions
@@ -40,7 +40,7 @@ def collect(path, rows, done, model, tokenizer, args):
     p_r = {1: args.p_r_right, 0: args.p_r_wrong}
     tasks = revision_tasks(rows, args.revisions_wrong, args.revisions_right)
     if [(r["id"], r["sample"], r["revision"]) for r in done] != [(r["id"], r["sample"], k) for r, k in tasks[:len(done)]]:
-        die(f"{path} does not hold the revisions of these answers in their order; --overwrite makes it again")
+        die(f"{path} does not hold the revisions of these answers in their order; remove it to make it again")
     seen = {(r["id"], r["sample"], tuple(r["revised_ids"])) for r in done if r["kept"] == "yes"}
     progress, kept = tqdm(total=len(tasks), initial=len(done), desc="revise", unit="revision"), Counter(r["kept"] for r in done)
     for b in range(len(done), len(tasks), 4 * args.batch_rows):  # four batches at a time, which sample() sorts by length
@@ -94,34 +94,40 @@ def main(argv=None):
     g = p.add_argument_group("collection")
     g.add_argument("--verified", default=None, help="file to read (default: OUT/verified.jsonl)")
     g.add_argument("--revisions", default=None, help="file to write (default: OUT/revisions.jsonl)")
-    g.add_argument("--revisions-wrong", default=4, type=int, help="revisions of a wrong answer (default: 4) [paper: 3]")
-    g.add_argument("--revisions-right", default=1, type=int, help="revisions of a right answer (default: 1) [paper: 3; official code: 0]")
-    g.add_argument("--max-new-tokens", default=320, type=positive, help="(default: 320) [paper: 16384]")
-    g.add_argument("--temperature", default=1.0, type=float, help="(default: 1.0) [paper: 0.7; official code: 1.0 with top-p 0.9]")
-    g.add_argument("--batch-rows", default=200, type=positive, help="answers sampled at once; does not change them")
+    g.add_argument("--revisions-wrong", default=4, type=at_least(0), help="of a wrong answer (default: 4) [paper: 3]")
+    g.add_argument("--revisions-right", default=1, type=at_least(0), help="of a right answer (default: 1) [paper: 3; official code: 0]")
+    g.add_argument("--max-new-tokens", default=320, type=at_least(1), help="(default: 320) [paper: 16384]")
+    g.add_argument("--temperature", default=1.0, type=at_least(0.0), help="(default: 1.0) [paper: 0.7; official code: 1.0 with top-p 0.9]")
+    g.add_argument("--batch-rows", default=200, type=at_least(1), help="answers sampled at once; does not change them")
     g = p.add_argument_group("training")
     g.add_argument("--srt", default=None, help="model folder to write (default: OUT/srt)")
     g.add_argument("--objective", default="srt", choices=["srt", "revision", "generation"], help="srt is the sum of the other two")
-    g.add_argument("--epochs", default=3, type=positive, help="(default: 3) [paper: 3]")
-    g.add_argument("--lr", default=2e-4, type=float, help="peak; cosine with 5%% warm-up (default: 2e-4) [paper: 5e-6]")
-    g.add_argument("--batch-size", default=32, type=positive, help="tuples a step (default: 32)")
-    g.add_argument("--micro-batch", default=8, type=positive, help="tuples a forward pass; does not change the gradient")
+    g.add_argument("--epochs", default=3, type=at_least(1), help="(default: 3) [paper: 3]")
+    g.add_argument("--lr", default=2e-4, type=at_least(0.0), help="peak; cosine with 5%% warm-up (default: 2e-4) [paper: 5e-6]")
+    g.add_argument("--batch-size", default=32, type=at_least(1), help="tuples a step (default: 32)")
+    g.add_argument("--micro-batch", default=8, type=at_least(1), help="tuples a forward pass; does not change the gradient")
     args = p.parse_args(argv)
     source, path = args.verified or args.out / "verified.jsonl", Path(args.revisions or args.out / "revisions.jsonl")
     srt = Path(args.srt or args.out / "srt")
+    log = srt.with_name(srt.name + ".jsonl")
 
     # ---- collect revisions from the base
     rows = read_jsonl(source, ("id", "sample", "problem", "answer", "response_ids", "finished", "reward"), "python 02_verify.py")
     rows = rows[:args.limit]
     tokenizer, began, device = load_tokenizer(args.model), time.time(), pick_device(args.device)
-    done, _ = claim(path, args, {"verified": source, "model": args.model},
-                    ("limit", "seed", "p_r_right", "p_r_wrong", "revisions_wrong", "revisions_right", "max_new_tokens", "temperature"),
-                    ("id", "sample", "revision", "revised_ids", "kept"))
+    if max(max(r["response_ids"]) for r in rows) >= len(tokenizer):
+        die(f"{source} holds token ids that {args.model} does not have: it was made with another model")
+    if log == path:
+        die(f"--srt {srt} would write its log over {path}; name another folder")
+    done, complete = claim(path, args, {"verified": source, "model": args.model},
+                           ("limit", "seed", "p_r_right", "p_r_wrong", "revisions_wrong", "revisions_right", "max_new_tokens",
+                            "temperature"),
+                           ("id", "sample", "revision", "revised_ids", "revised_finished", "kept"))
     model = load_model(args.model, tokenizer, device)
     rows = collect(path, rows, done, model, tokenizer, args)
     counts = Counter(r["kept"] for r in rows)
     kept = [r for r in rows if r["kept"] == "yes"]
-    if len(done) < len(rows):
+    if not complete:
         finish(path, began, device, **counts)
     print(f"{path}: {len(kept)} of {len(rows)} kept, {sum(r['reward'] == 0 for r in kept)} of them after a wrong answer; {dict(counts)}")
     if not kept:
@@ -133,7 +139,6 @@ def main(argv=None):
     if complete:
         return print(f"{srt} is there already")
     began, (context, dtype) = time.time(), autocast(device)
-    log = srt.with_suffix(".jsonl")
     log.unlink(missing_ok=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=1e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -160,7 +165,8 @@ def main(argv=None):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        append_jsonl(log, [{"step": step, "loss": loss, "lr": lr, "gradient_norm": norm, "tokens": n_generation}])
+        append_jsonl(log, [{"step": step, "loss": loss, "lr": optimizer.param_groups[0]["lr"], "gradient_norm": norm,
+                            "tokens": n_generation}])
         progress.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}")
     save_model(model, tokenizer, srt)
     finish(srt, began, device, tuples=len(kept), steps=len(batches))

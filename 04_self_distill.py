@@ -24,8 +24,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import (append_jsonl, arguments, autocast, claim, completion_logits, die, end_ids, finish, load_model, load_problems,
-                    load_tokenizer, pick_device, positive, problem_file, prompt_ids, read_jsonl, revision_ids, row_seed, sample, save_model,
+from common import (append_jsonl, arguments, at_least, autocast, claim, completion_logits, die, end_ids, finish, load_model, load_problems,
+                    load_tokenizer, pick_device, problem_file, prompt_ids, read_jsonl, revision_ids, row_seed, sample, save_model,
                     verify)
 
 
@@ -45,11 +45,11 @@ def token_kl(student_logits, teacher_logits, kind="reverse"):
 
 
 def batches_of(problems, steps, size, seed):
-    """`steps` batches of problems: shuffled passes over all of them, one after another."""
+    """`steps` batches of different problems: shuffled passes, each but for a last batch that would not be full."""
     rng, queue = random.Random(seed), []
     for _ in range(steps):
-        while len(queue) < size:
-            queue += rng.sample(problems, len(problems))
+        if len(queue) < size:
+            queue = rng.sample(problems, len(problems))
         yield queue[:size]
         queue = queue[size:]
 
@@ -69,33 +69,34 @@ def main(argv=None):
     g.add_argument("--sd-zero", default=None, help="model folder to write (default: OUT/sd_zero)")
     g.add_argument("--distill", default=None, help="file of metrics to write (default: OUT/distill.jsonl)")
     g = p.add_argument_group("distillation")
-    g.add_argument("--steps", default=50, type=positive, help="optimiser steps a round (default: 50)")
-    g.add_argument("--rounds", default=1, type=positive, help="rounds; after each, teacher := student (default: 1)")
-    g.add_argument("--batch-size", default=64, type=positive, help="problems a step, one answer each (default: 64) [paper: 128]")
-    g.add_argument("--micro-batch", default=16, type=positive, help="answers a forward pass; does not change the gradient")
+    g.add_argument("--steps", default=50, type=at_least(1), help="optimiser steps a round (default: 50)")
+    g.add_argument("--rounds", default=1, type=at_least(1), help="rounds; after each, teacher := student (default: 1)")
+    g.add_argument("--batch-size", default=64, type=at_least(1), help="problems a step, one answer each (default: 64) [paper: 128]")
+    g.add_argument("--micro-batch", default=16, type=at_least(1), help="answers a forward pass; does not change the gradient")
     g.add_argument("--kl", default="reverse", choices=["reverse", "forward", "mixed"], help="(default: reverse) [official code: mixed]")
-    g.add_argument("--lr", default=1e-4, type=float, help="constant after warm-up (default: 1e-4) [paper: 5e-6]")
-    g.add_argument("--warm-up", default=5, type=positive, help="steps of linear warm-up (default: 5) [paper: 20]")
-    g.add_argument("--max-new-tokens", default=320, type=positive, help="(default: 320) [paper: 8192]")
-    g.add_argument("--temperature", default=1.0, type=float, help="of sampling; only 1.0 is on-policy (default: 1.0) [paper: 0.7]")
-    g.add_argument("--show-every", default=20, type=positive, help="print two samples with their KL every so many steps (default: 20)")
+    g.add_argument("--lr", default=1e-4, type=at_least(0.0), help="constant after warm-up (default: 1e-4) [paper: 5e-6]")
+    g.add_argument("--warm-up", default=5, type=at_least(1), help="steps of linear warm-up (default: 5) [paper: 20]")
+    g.add_argument("--max-new-tokens", default=320, type=at_least(1), help="(default: 320) [paper: 8192]")
+    g.add_argument("--temperature", default=1.0, type=at_least(0.0), help="of sampling; only 1.0 is on-policy (default: 1.0) [paper: 0.7]")
+    g.add_argument("--show-every", default=20, type=at_least(1), help="print two samples with their KL every so many steps (default: 20)")
     args = p.parse_args(argv)
     verified, srt = args.verified or args.out / "verified.jsonl", args.srt or args.out / "srt"
     folder, log = Path(args.sd_zero or args.out / "sd_zero"), Path(args.distill or args.out / "distill.jsonl")
     p_r = {1: args.p_r_right, 0: args.p_r_wrong}
 
     # ---- other problems than phase 1's
-    used = {r["id"] for r in read_jsonl(verified, ("id",), "python 02_verify.py")}
-    problems = [x for x in load_problems(args.data, args.split) if x["id"] not in used][:args.limit]
-    if not problems:
-        die(f"{problem_file(args.data, args.split)}: phase 1 used all of its problems; give 01_generate.py a smaller --limit")
+    used = {r[k] for r in read_jsonl(verified, ("id", "problem"), "python 02_verify.py") for k in ("id", "problem")}
+    problems = [x for x in load_problems(args.data, args.split) if not {x["id"], x["problem"]} & used][:args.limit]
+    if len(problems) < args.batch_size:
+        die(f"{problem_file(args.data, args.split)}: phase 1 left {len(problems)} of its problems, fewer than --batch-size "
+            f"{args.batch_size}; give 01_generate.py a smaller --limit")
     if not Path(srt).exists() and args.srt is None:
         die(f"{srt} does not exist; run first: python 03_revise_sft.py")
     tokenizer, began, device = load_tokenizer(srt), time.time(), pick_device(args.device)
     inputs = {"srt": srt, "data": problem_file(args.data, args.split), "verified": verified}
     settings = ("split", "limit", "seed", "p_r_right", "p_r_wrong", "steps", "rounds", "batch_size", "kl", "lr", "warm_up",
                 "max_new_tokens", "temperature")
-    claim(log, args, inputs, settings)
+    claim(log, args, inputs, settings, ("step",))
     if claim(folder, args, inputs, settings)[1]:
         return print(f"{folder} is there already")
     log.unlink(missing_ok=True)
@@ -151,8 +152,8 @@ def main(argv=None):
         metrics = {"round": step // args.steps, "step": step, "accuracy": mean([r["reward"] for r in rows]),
                    "kl": mean(kl_by_r[0] + kl_by_r[1]), "kl_r0": mean(kl_by_r[0]), "kl_r1": mean(kl_by_r[1]),
                    "kl_first_token": mean([ks[0] for ks in token_kls]), "mean_tokens": tokens / len(rows),
-                   "finished": mean([y[-1] in end_ids(student) for y in answers]), "gradient_norm": norm, "lr": lr, "tokens": tokens,
-                   "seconds": time.time() - began}
+                   "finished": mean([y[-1] in end_ids(student) for y in answers]), "gradient_norm": norm,
+                   "lr": optimizer.param_groups[0]["lr"], "tokens": tokens, "seconds": time.time() - began}
         append_jsonl(log, [metrics])
         progress.set_postfix(accuracy=f"{metrics['accuracy']:.0%}", kl=f"{metrics['kl']:.4f}", tokens=f"{metrics['mean_tokens']:.0f}")
         if step % args.show_every == 0:

@@ -24,21 +24,21 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import (append_jsonl, arguments, claim, completion_logits, die, end_ids, finish, load_model, load_problems, load_tokenizer,
-                    pick_device, positive, problem_file, prompt_ids, revision_ids, row_seed, sample, verify, write_json)
+from common import (append_jsonl, arguments, at_least, claim, completion_logits, die, end_ids, finish, load_model, load_problems,
+                    load_tokenizer, pick_device, problem_file, prompt_ids, read_jsonl, revision_ids, row_seed, sample, verify, write_json)
 
 
 # ---------------------------------------------------------------- answers and revisions
 
-def evaluate(name, folder, problems, done, path, args):
+def evaluate(name, folder, problems, done, path, device, args):
     """Rows of one checkpoint: n sampled answers and a greedy one for each problem; the sampled ones are revised once."""
     tasks = [(x, k) for k in range(-1, args.n) for x in problems]                   # k = -1: greedy
     if [(r["id"], r["sample"]) for r in done] != [(x["id"], k) for x, k in tasks[:len(done)]]:
-        die(f"{path} does not hold these problems in their order; --overwrite makes it again")
+        die(f"{path} does not hold these problems in their order; remove it to make it again")
     if len(done) == len(tasks):
         return done
     tokenizer, p_r = load_tokenizer(folder), {1: args.p_r_right, 0: args.p_r_wrong}
-    model = load_model(folder, tokenizer, pick_device(args.device))
+    model = load_model(folder, tokenizer, device)
 
     def answer(batch, prefixes, stage, temperature):
         seeds = [row_seed(args.seed, stage, x["id"], k) for x, k in batch]          # the same noise for every checkpoint: paired
@@ -142,11 +142,11 @@ def plot_stages(summary, path):
 
 
 @torch.no_grad()
-def plot_token_kl(row, folder, path, args):
+def plot_token_kl(row, folder, path, device, args):
     """One answer's tokens, coloured by KL(π(· | x, y_<t) ‖ π(· | x, y, P_r, y_<t)): where does the reviser disagree?"""
     from matplotlib import pyplot as plt
     tokenizer = load_tokenizer(folder)
-    model, y = load_model(folder, tokenizer, pick_device(args.device)), row["response_ids"]
+    model, y = load_model(folder, tokenizer, device), row["response_ids"]
     prefix = revision_ids(tokenizer, row["problem"], y, row["reward"], {1: args.p_r_right, 0: args.p_r_wrong})
     log_s = completion_logits(model, [prompt_ids(tokenizer, row["problem"])], [y]).float().log_softmax(-1)   # [T, V]
     log_t = completion_logits(model, [prefix], [y]).float().log_softmax(-1)
@@ -173,26 +173,28 @@ def plot_token_kl(row, folder, path, args):
 
 
 def main(argv=None):
-    p = arguments(__doc__)
+    p = arguments(__doc__, limit=400)
     g = p.add_argument_group("evaluation")
     g.add_argument("--split", default="test", help="split of --data (default: test)")
-    g.add_argument("--checkpoints", nargs="+", metavar="NAME=MODEL", help="(default: base=MODEL srt=OUT/srt sd_zero=OUT/sd_zero)")
+    g.add_argument("--checkpoints", nargs="+", metavar="NAME=MODEL", help="default: base=MODEL srt=OUT/srt sd_zero=OUT/sd_zero")
     g.add_argument("--eval", default=None, help="file to write (default: OUT/eval.jsonl)")
-    g.add_argument("--summary", default=None, help="file to write (default: OUT/summary.json)")
-    g.add_argument("--n", default=4, type=positive, help="sampled answers a problem (default: 4) [paper: 8]")
-    g.add_argument("--k", default=4, type=positive, help="of pass@k (default: 4) [paper: 8]")
-    g.add_argument("--max-new-tokens", default=320, type=positive, help="(default: 320) [paper: 32768]")
-    g.add_argument("--temperature", default=1.0, type=float, help="(default: 1.0)")
-    g.add_argument("--batch-rows", default=200, type=positive, help="answers sampled at once; does not change them")
-    p.set_defaults(limit=400)
+    g.add_argument("--summary", default=None, help="file to write, the figures beside it (default: summary.json beside --eval)")
+    g.add_argument("--n", default=4, type=at_least(1), help="sampled answers a problem (default: 4) [paper: 8]")
+    g.add_argument("--k", default=4, type=at_least(1), help="of pass@k (default: 4) [paper: 8]")
+    g.add_argument("--max-new-tokens", default=320, type=at_least(1), help="(default: 320) [paper: 32768]")
+    g.add_argument("--temperature", default=1.0, type=at_least(0.0), help="(default: 1.0)")
+    g.add_argument("--batch-rows", default=200, type=at_least(1), help="answers sampled at once; does not change them")
     args = p.parse_args(argv)
-    path, summary_path = Path(args.eval or args.out / "eval.jsonl"), Path(args.summary or args.out / "summary.json")
+    path = Path(args.eval or args.out / "eval.jsonl")
+    summary_path = Path(args.summary or path.with_name(path.stem.replace("eval", "summary", 1) + ".json"))
     if args.k > args.n:
         die(f"--k {args.k} needs at least as many answers a problem, --n is {args.n}")
     named = args.checkpoints or [f"base={args.model}", f"srt={args.out / 'srt'}", f"sd_zero={args.out / 'sd_zero'}"]
     if bad := [c for c in named if not all(c.partition("="))]:
         die(f"--checkpoints {bad[0]}: not NAME=MODEL")
     checkpoints = dict(c.split("=", 1) for c in named)
+    if len(checkpoints) < len(named):
+        die(f"--checkpoints {' '.join(named)}: a name appears twice")
     for name, stage in (("srt", "03_revise_sft.py"), ("sd_zero", "04_self_distill.py")):
         if args.checkpoints is None and not Path(checkpoints[name]).is_dir():
             die(f"{checkpoints[name]} does not exist; run first: python {stage}")
@@ -200,11 +202,18 @@ def main(argv=None):
         load_tokenizer(folder)
 
     # ---- answers and revisions
-    problems, began = load_problems(args.data, args.split, args.limit), time.time()
-    done, _ = claim(path, args, {"data": problem_file(args.data, args.split), **{f"checkpoint {k}": v for k, v in checkpoints.items()}},
-                    ("split", "limit", "seed", "p_r_right", "p_r_wrong", "n", "max_new_tokens", "temperature"),
-                    ("checkpoint", "id", "sample", "greedy", "reward", "response_ids"))
-    rows = {name: evaluate(name, folder, problems, [r for r in done if r["checkpoint"] == name], path, args)
+    problems, began, device = load_problems(args.data, args.split, args.limit), time.time(), pick_device(args.device)
+    phase_1 = args.out / "verified.jsonl"
+    trained_on = {r["problem"] for r in read_jsonl(phase_1, ("problem",), "python 02_verify.py")} if phase_1.is_file() else set()
+    if any(x["problem"] in trained_on for x in problems):
+        die(f"{problem_file(args.data, args.split)} holds problems that {phase_1} trained on; evaluate on others")
+    if not summary_path.parent.is_dir() and summary_path.parent != path.parent:
+        die(f"--summary {summary_path}: its folder does not exist")
+    inputs = {"data": problem_file(args.data, args.split), **{f"checkpoint {k}": v for k, v in checkpoints.items()}}
+    done, complete = claim(path, args, inputs,
+                           ("split", "limit", "seed", "p_r_right", "p_r_wrong", "n", "max_new_tokens", "temperature"),
+                           ("checkpoint", "id", "sample", "greedy", "reward", "response_ids"))
+    rows = {name: evaluate(name, folder, problems, [r for r in done if r["checkpoint"] == name], path, device, args)
             for name, folder in checkpoints.items()}
 
     # ---- numbers and figures
@@ -216,9 +225,9 @@ def main(argv=None):
     wrong = [r for r in rows[name] if not r["greedy"] and not r["reward"] and r["finished"]]
     if wrong:
         typical = min(wrong, key=lambda r: abs(len(r["response_ids"]) - 80))
-        plot_token_kl(typical, checkpoints[name], summary_path.with_name("token_kl.png"), args)
-    if len(done) < sum(map(len, rows.values())):
-        finish(path, began, args.device, answers=sum(map(len, rows.values())))
+        plot_token_kl(typical, checkpoints[name], summary_path.with_name("token_kl.png"), device, args)
+    if not complete:
+        finish(path, began, device, answers=sum(map(len, rows.values())))
     print(f"\n{path}, {summary_path}, stages.png, token_kl.png")
 
 

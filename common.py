@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -33,7 +34,7 @@ def die(message):
 
 # ---------------------------------------------------------------- command line
 
-def arguments(doc, stage_seed_help="seed of all sampling and shuffling"):
+def arguments(doc, limit=None):
     """A parser with the flags that mean the same in every script."""
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = lambda message: die(f"{p.prog}: {message}; see {p.prog} --help")
@@ -43,54 +44,78 @@ def arguments(doc, stage_seed_help="seed of all sampling and shuffling"):
     g.add_argument("--data", default=str(HERE / "data"),
                    help="JSONL file, folder with SPLIT.jsonl, or hub id (default: data) [paper: open-r1/OpenR1-Math-220k]")
     g.add_argument("--out", default="runs/demo", type=Path, help="folder of this run's artifacts (default: runs/demo)")
-    g.add_argument("--seed", default=0, type=int, help=stage_seed_help)
-    g.add_argument("--limit", default=None, type=positive, help="use only so many problems")
+    g.add_argument("--seed", default=0, type=int, help="of all sampling and shuffling (default: 0)")
+    g.add_argument("--limit", default=limit, type=at_least(1), help=f"read only the first so many rows (default: {limit or 'all'})")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    g.add_argument("--overwrite", action="store_true", help="replace this stage's artifacts of other arguments")
+    g.add_argument("--overwrite", action="store_true", help="replace this stage's artifacts where they were made with other arguments")
     g.add_argument("--p-r-right", default=P_R[1], metavar="PHRASE", help="P_r after a right answer (default: the paper's)")
     g.add_argument("--p-r-wrong", default=P_R[0], metavar="PHRASE", help="P_r after a wrong answer (default: the paper's)")
     return p
 
 
-def positive(text):
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
+def at_least(bound):
+    """An argparse type: a finite number of the bound's own type (int or float), not below it."""
+    def number(text):
+        value = type(bound)(text)
+        if not bound <= value < float("inf"):
+            raise ValueError
+        return value
+    number.__name__ = f"number (at least {bound})"
+    return number
 
 
 def pick_device(name):
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(1, device=name).device
+        device = torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as e:
         die(f"--device {name} cannot be used here: {str(e).splitlines()[0]}")
+    return device if device.type in ("cpu", "cuda", "mps") else die(f"--device {name} is not supported: cpu, cuda or mps")
 
 
 def autocast(device):
     """bf16 on a GPU that has it, fp16 on an older one; on a CPU plain float32. Returns (context factory, dtype)."""
-    dtype = torch.float32 if device.type != "cuda" else torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    dtype = torch.float32
+    if device.type == "cuda":
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return lambda: torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32), dtype
 
 
 # ---------------------------------------------------------------- records on disk
 
+is_ids = lambda v: isinstance(v, list) and v and all(type(t) is int and t >= 0 for t in v)
+is_bit = lambda v: type(v) is int and v in (0, 1)
+SCHEMA = {"id": str, "kind": str, "problem": str, "answer": str,                                                        # data
+          "sample": int, "response": str, "response_ids": is_ids, "finished": bool,                                     # 01
+          "reward": is_bit, "verdict": str,                                                                             # 02
+          "revision": int, "p_r": str, "revised": str, "revised_ids": is_ids, "revised_finished": bool,                 # 03
+          "revised_reward": is_bit, "revised_verdict": str, "kept": str,
+          "step": int, "checkpoint": str, "greedy": bool}                                                               # 04, 05
+
+
 def read_jsonl(path, fields, made_by):
-    """Rows of a JSONL file as dicts, each with at least `fields`; `made_by` says how to get the file if it is missing."""
+    """Rows of a JSONL file as dicts, each with at least `fields`, as SCHEMA has them; `made_by` says how to get the file."""
     path, rows = Path(path), []
     if not path.is_file():
-        die(f"{path} does not exist; run first: {made_by}")
-    with open(path, encoding="utf-8", errors="surrogateescape") as f:
+        die(f"{path} does not exist or is no file; run first: {made_by}")
+    with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode())
+                json.dumps(row, ensure_ascii=False).encode()    # a lone surrogate is no text: tokenizers refuse it
             except (ValueError, RecursionError) as e:
-                die(f"{path}:{number}: not JSON ({e}); mend or remove the line")
-            missing = [k for k in fields if not isinstance(row, dict) or k not in row]
-            if missing:
-                die(f"{path}:{number}: field {missing[0]!r} is missing; make the file again with: {made_by}")
+                die(f"{path}:{number}: not JSON in UTF-8 ({e}); mend or remove the line")
+            if not isinstance(row, dict):
+                die(f"{path}:{number}: not an object {{...}}; mend or remove the line")
+            for k in fields:
+                right = SCHEMA[k]
+                if k not in row:
+                    die(f"{path}:{number}: field {k!r} is missing; mend the line, or make the file again: {made_by}")
+                if not (type(row[k]) is right if isinstance(right, type) else right(row[k])):
+                    die(f"{path}:{number}: field {k!r} cannot be {str(row[k])[:40]!r}; mend the line, or make the file again: {made_by}")
             rows.append(row)
-    return rows or die(f"{path} is empty; make it again with: {made_by}")
+    return rows or die(f"{path} is empty; make it again: {made_by}")
 
 
 def problem_file(source, split):
@@ -103,7 +128,7 @@ def load_problems(source, split="train", limit=None):
     path = Path(source)
     if path.exists() or path.suffix == ".jsonl":
         path = problem_file(source, split)
-        rows, where = read_jsonl(path, ["problem", "answer"], "see 'Real models' in the README for the format"), path
+        rows, where = read_jsonl(path, ("problem", "answer"), "the README's section Artifacts has the format"), path
     else:
         from datasets import load_dataset  # slow to import, and needed for hub ids only
         try:
@@ -138,40 +163,62 @@ def fingerprint(path):
     return digest.hexdigest()[:16]
 
 
-def claim(artifact, args, inputs, settings, fields=()):
-    """Take `artifact` (a .jsonl file or a model folder) for this run; returns (rows left by an earlier try, whether it is complete).
+def meta_file(artifact):
+    return Path(artifact).with_name(Path(artifact).name.removesuffix(".jsonl") + ".meta.json")
 
-    Beside it goes NAME.meta.json: the arguments named in `settings`, a hash of each of `inputs`, versions, device, commit. An artifact
-    made with other settings or inputs is refused, unless --overwrite. A torn last line, as a kill leaves it, is cut off.
+
+def claim(artifact, args, inputs, settings, fields=()):
+    """Take `artifact` (a .jsonl file of `fields`, or a model folder) for this run; returns (rows that an earlier try left, complete?).
+
+    Beside it goes NAME.meta.json: the arguments named in `settings`, a hash of each of `inputs`, versions, commit. An artifact made with
+    other settings or inputs is refused; with --overwrite it becomes NAME.old until the new one is complete. A torn last line, as a kill
+    leaves it, is cut off.
     """
-    artifact, meta_path, old = Path(artifact), Path(artifact).with_suffix(".meta.json"), {}
+    artifact, meta_path, old, differs = Path(artifact), meta_file(artifact), {}, []
     made_of = json.loads(json.dumps({**{k: vars(args)[k] for k in settings}, **{f"{k} (hash)": fingerprint(v) for k, v in inputs.items()}}))
-    if artifact.exists() and not args.overwrite:
+    if artifact.exists():
+        if artifact.is_dir() == bool(fields):
+            die(f"{artifact} is a {'folder' if fields else 'file'}, and this stage writes a {'file' if fields else 'folder'} there")
         try:
             old = json.loads(meta_path.read_text())
-            differs = [k for k in made_of.keys() | old["made_of"].keys() if made_of.get(k) != old["made_of"].get(k)]
+            differs = sorted(k for k in made_of.keys() | old["made_of"].keys() if made_of.get(k) != old["made_of"].get(k))
+            why = differs and f"{differs[0]}: {old['made_of'].get(differs[0])!r} there, {made_of.get(differs[0])!r} now"
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            die(f"{artifact} exists, but {meta_path.name} beside it is missing or damaged; choose another --out, or --overwrite")
+            differs, why = [meta_path], f"{meta_path.name} is missing or damaged"
+        if differs and not args.overwrite:
+            die(f"{artifact} belongs to another run ({why}); choose another --out, or --overwrite")
+    try:
+        artifact.parent.mkdir(parents=True, exist_ok=True)
         if differs:
-            k = min(differs)
-            die(f"{artifact} belongs to another run ({k}: {old['made_of'].get(k)!r} there, {made_of.get(k)!r} now); "
-                f"choose another --out, or --overwrite")
-    artifact.parent.mkdir(parents=True, exist_ok=True)
-    done = []
-    if artifact.is_file() and args.overwrite:
-        artifact.unlink()
-    if artifact.is_file():
+            remove(f"{artifact}.old")
+            os.replace(artifact, f"{artifact}.old")
+            old = {}
+        complete = artifact.exists() and "counts" in old
+        if not complete:
+            versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+            write_json(meta_path, {"made_of": made_of, "arguments": vars(args), "versions": versions, "commit": commit()})
+        if not artifact.is_file() or not fields:
+            return [], complete
         data = artifact.read_bytes()
         whole = data[:data.rfind(b"\n") + 1]
         if whole != data:
             print(f"{artifact}: the last line was torn and is cut off", file=sys.stderr)
             artifact.write_bytes(whole)
-        done = read_jsonl(artifact, fields, "--overwrite") if whole else []
-    complete = "counts" in old and artifact.exists()
-    if not complete:
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
-        write_json(meta_path, {"made_of": made_of, "arguments": vars(args), "versions": versions, "commit": commit(), "seconds": 0})
-    return done, complete
+    except OSError as e:
+        die(f"{artifact} cannot be written: {e.strerror}; choose another --out")
+    return read_jsonl(artifact, fields, "remove it first") if whole else [], complete
+
+
+def finish(artifact, began, device, **counts):
+    """Complete the artifact's meta file: device, seconds since `began`, and counts, which say that the stage came to its end."""
+    write_json(meta_file(artifact), {**json.loads(meta_file(artifact).read_text()), "device": str(device),
+                                     "seconds": round(time.time() - began, 1), "counts": counts})
+    remove(f"{artifact}.old")
+
+
+def remove(path):
+    """A file, or a folder with all that is in it; nothing if there is nothing."""
+    shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink(missing_ok=True)
 
 
 def commit():
@@ -182,12 +229,6 @@ def commit():
         return None
 
 
-def finish(artifact, began, device, **counts):
-    """Complete the artifact's meta file: device, seconds since `began`, and counts, which say that the stage came to its end."""
-    path = Path(artifact).with_suffix(".meta.json")
-    write_json(path, {**json.loads(path.read_text()), "device": str(device), "seconds": round(time.time() - began, 1), "counts": counts})
-
-
 def write_json(path, value):
     """Whole or not at all: written beside the target, then renamed over it."""
     beside = Path(f"{path}.part")
@@ -196,7 +237,7 @@ def write_json(path, value):
 
 
 def append_jsonl(path, rows):
-    with open(path, "a", encoding="utf-8", errors="surrogateescape") as f:
+    with open(path, "a", encoding="utf-8") as f:
         f.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -225,14 +266,14 @@ def revision_ids(tokenizer, problem, response_ids, reward, p_r=P_R):
 # ---------------------------------------------------------------- the verifier
 
 def last_boxed(text):
-    r"""The content of the last complete \boxed{...}, nested braces and all; None if there is none."""
-    for start in reversed([m.end() for m in re.finditer(r"\\boxed\s*\{", text)]):
-        depth = 1
-        for i in range(start, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[i], 0)
-            if depth == 0:
-                return text[start:i].strip()
-    return None
+    r"""The content of the last \boxed{...} that is closed, nested braces and all; None if there is none."""
+    opened, last = [], None     # opened: for each open brace the place behind it, negative if it is not a box's
+    for m in re.finditer(r"(\\boxed\s*)?\{|\}", text):
+        if m.group() != "}":
+            opened.append(m.end() if m.group(1) else -1)
+        elif opened and (start := opened.pop()) > (last[0] if last else -1):
+            last = start, m.start()
+    return text[slice(*last)].strip() if last else None
 
 
 def _math_verify_server(pipe):
@@ -290,19 +331,30 @@ def load_tokenizer(name):
         die(f"model {name} does not exist: name a folder or a hub id (OWNER/NAME)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as e:
-        die(f"model {name}: no tokenizer could be loaded: {str(e).splitlines()[0]}")
+    except Exception as e:  # tokenizers raises bare Exceptions
+        die(f"model {name}: no tokenizer could be loaded: {first_line(e)}")
     if not tokenizer.chat_template:
         die(f"model {name} has no chat template: SD-Zero needs a chat model")
+    try:
+        prompt_ids(tokenizer, "1 + 1 = ?")
+    except Exception as e:  # whatever the template raises
+        die(f"model {name}: its chat template fails on one turn of the user: {first_line(e)}")
     return tokenizer
+
+
+def first_line(e):
+    return f"{type(e).__name__}: {str(e).strip().splitlines()[0][:200]}" if str(e).strip() else type(e).__name__
 
 
 def load_model(name, tokenizer, device, dtype=torch.float32):
     """A causal LM in eval mode. float32 weights are for training: in bf16 an update of 5e-6 rounds to nothing."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True).to(device).eval()
-    except (OSError, ValueError) as e:
-        die(f"model {name}: no weights could be loaded: {str(e).splitlines()[0]}")
+        model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    except Exception as e:  # safetensors has its own, and a wrong config fails in many ways
+        die(f"model {name}: no weights could be loaded: {first_line(e)}")
+    if lost := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
+        die(f"model {name}: {len(lost)} of its weights are missing or of the wrong shape, {lost[0]} for one")
+    model = model.to(device).eval()
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         die(f"model {name}: its tokenizer has {len(tokenizer)} tokens, its weights only {model.get_input_embeddings().num_embeddings}")
     if not set(end_ids(model)) & set(tokenizer.all_special_ids):
@@ -322,16 +374,14 @@ def end_ids(model):
 
 def save_model(model, tokenizer, folder):
     """Written beside the target and swapped in by rename: `folder` is never half a model."""
-    beside, old = Path(f"{folder}.part"), Path(f"{folder}.old")
+    beside, old = f"{folder}.part", f"{folder}.replaced"
+    remove(beside)
     model.save_pretrained(beside)
     tokenizer.save_pretrained(beside)
     if Path(folder).exists():
         os.replace(folder, old)
     os.replace(beside, folder)
-    if old.exists():
-        for file in old.iterdir():
-            file.unlink()
-        old.rmdir()
+    remove(old)
 
 
 def completion_logits(model, prefixes, completions):
@@ -373,7 +423,7 @@ def sample(model, tokenizer, prefixes, seeds, max_new_tokens, temperature=1.0, b
         mask = torch.tensor([[0] * (T - len(prefixes[i])) + [1] * len(prefixes[i]) for i in rows], device=model.device)        # [B, T]
         position = (mask.cumsum(-1) - 1).clamp(min=0)
         noise = np.stack([np.random.default_rng(seeds[i]).random(max_new_tokens, np.float32) for i in rows])
-        uniform = torch.from_numpy(noise).to(model.device)                                      # [B, max_new_tokens]
+        uniform = torch.from_numpy(noise).clamp(min=1e-8).to(model.device)                      # [B, max_new_tokens]; 0 would take token 0
         cache = DynamicCache(config=model.config)
         context, _ = autocast(model.device)
         for t in range(max_new_tokens):

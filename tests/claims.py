@@ -1,6 +1,7 @@
 """Does it work? All five stages for several seeds, and from their summaries the README's results table.
 
 → data/results.json   a row a seed and checkpoint, as 05 wrote it, with the seconds of every stage
+→ data/*.png          seed 0's figures
 → README.md           the table between the markers; `--check` fails if it is not what data/results.json gives
 
     python tests/claims.py --seeds 3    # about 12 minutes a seed on 2 cores; goes on where it stopped
@@ -9,6 +10,7 @@
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +66,8 @@ def main(argv=None):
     args = p.parse_args(argv)
     if not args.check:
         rows = [row for seed in range(args.seeds) for row in run(seed, args.out / f"seed{seed}")]
+        for figure in ("stages.png", "token_kl.png"):
+            shutil.copy(args.out / "seed0" / figure, ROOT / "data")
         (ROOT / "data/results.json").write_text(json.dumps(rows, indent=1) + "\n")
     readme, rows = (ROOT / "README.md").read_text(), json.loads((ROOT / "data/results.json").read_text())
     head, rest = readme.split(MARKERS[0])

@@ -42,7 +42,7 @@ def problems():
     return common.load_problems(ROOT / "data", "train", 40)
 
 
-MINI = {1: ["--limit", "24", "--max-new-tokens", "120"], 2: [], 3: ["--epochs", "1", "--batch-size", "8", "--max-new-tokens", "120"],
+MINI = {1: ["--limit", "24", "--max-new-tokens", "120"], 2: [], 3: ["--epochs", "2", "--batch-size", "3", "--max-new-tokens", "120"],
         4: ["--steps", "2", "--batch-size", "8", "--max-new-tokens", "120"],
         5: ["--limit", "6", "--n", "2", "--k", "2", "--max-new-tokens", "120"]}
 

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import common
 from conftest import MINI, ROOT
@@ -87,9 +88,12 @@ def test_teacher_is_frozen_and_synchronised_between_rounds_only(stages, mini, tm
             teachers.append(torch.cat([p.flatten() for p in model.parameters()]).clone())
             students.append(torch.cat([p.detach().flatten() for p in models[0].parameters()]).clone())
         return real_logits(model, prefixes, completions)
-    students = []
+    students, samplers = [], []
     monkeypatch.setattr(stages[4], "completion_logits", spy)
+    real_sample = stages[4].sample
+    monkeypatch.setattr(stages[4], "sample", lambda model, *a: samplers.append(model) or real_sample(model, *a))
     run_distill(stages, mini, tmp_path, "--rounds", "2")
+    assert all(m is models[0] for m in samplers)  # on-policy: the student samples
     assert len(teachers) == 4  # one micro-batch a step, two steps a round
     assert torch.equal(teachers[0], teachers[1]) and torch.equal(teachers[2], teachers[3])
     assert torch.equal(teachers[0], students[0]) and torch.equal(teachers[2], students[2]) and not torch.equal(teachers[0], teachers[2])
@@ -101,6 +105,27 @@ def test_distillation_leaves_phase_1_problems_out(stages, mini, tmp_path, monkey
     monkeypatch.setattr(stages[4], "prompt_ids", lambda tokenizer, problem: asked.append(problem) or real(tokenizer, problem))
     run_distill(stages, mini, tmp_path)
     assert len(set(asked)) == 16 and not set(asked) & {r["problem"] for r in rows_of(mini / "verified.jsonl")}
+
+
+@pytest.mark.parametrize("stage", [3, 4, 5])
+def test_the_reviser_is_told_the_true_reward(stages, mini, tmp_path, monkeypatch, tokenizer, stage):
+    asked, real = [], stages[stage].revision_ids
+    monkeypatch.setattr(stages[stage], "revision_ids", lambda *a: asked.append(a) or real(*a))
+    for name in ("responses.jsonl", "verified.jsonl"):
+        shutil.copy(mini / name, tmp_path)
+    for name in ("srt", "sd_zero")[:stage - 3]:
+        shutil.copytree(mini / name, tmp_path / name)
+    stages[stage].main([*MINI[stage], "--out", str(tmp_path)])
+    answers = {x["problem"]: x for split in ("train", "test") for x in common.load_problems(ROOT / "data", split)}
+    assert asked and {a[3] for a in asked} == {0, 1}
+    for _, problem, ids, reward, p_r in asked:
+        assert reward == common.verify(answers[problem], tokenizer.decode(ids, skip_special_tokens=True))[0]
+        assert p_r == common.P_R
+
+
+def test_srt_learning_rate_warms_up_and_decays(mini):
+    lrs = [r["lr"] for r in rows_of(mini / "srt.jsonl")]
+    assert len(lrs) >= 3 and lrs[0] == 2e-4 and lrs == sorted(lrs, reverse=True) and lrs[-1] < 1e-4
 
 
 # ---------------------------------------------------------------- interruption and determinism
@@ -127,8 +152,8 @@ def refused(stage, argv, capsys):
     with pytest.raises(SystemExit) as e:
         stage.main([str(a) for a in argv])
     message = capsys.readouterr().err.strip().splitlines()
-    message = [line for line in message if line.startswith("error: ")] or message
-    assert e.value.code == 2 and len(message) == 1, message
+    message = [line for line in message if not re.match(r"(generate|revise|verify|SRT|distill|base):", line)]  # progress
+    assert e.value.code == 2 and len(message) == 1 and message[0].startswith("error: "), message
     return message[0]
 
 
@@ -141,8 +166,8 @@ def test_a_stage_before_its_predecessor_names_the_command(stages, tmp_path, mini
 
 
 @pytest.mark.parametrize("text, says", [
-    ("", "is empty"), ("{\n", ":1: not JSON"), ('{"id": "a", "problem": "x"}\n', ":1: field 'answer'"), ("[1]\n", ":1: field"), ("\x00\n", ":1: not JSON"),
-    ('{"problem": "x", "answer": "1"}\n{"problem": "x", "answer": ""}\n', ":2: 'answer'"), ('{"problem": "x", "answer": 1}\n', ":1: 'answer'"),
+    ("", "is empty"), ("{\n", ":1: not JSON"), ('{"problem": "\\ud800", "answer": "1"}\n', ":1: not JSON in UTF-8"), ('{"id": "a", "problem": "x"}\n', ":1: field 'answer'"), ("[1]\n", ":1: not an object"), ("\x00\n", ":1: not JSON"),
+    ('{"problem": "x", "answer": "1"}\n{"problem": "x", "answer": ""}\n', ":2: 'answer'"), ('{"problem": "x", "answer": 1}\n', ":1: field 'answer' cannot be '1'"),
     ('{"id": "a", "problem": "x", "answer": "1"}\n{"id": "a", "problem": "y", "answer": "1"}\n', ":2: id 'a' appears twice"),
     ('{"kind": "poem", "problem": "x", "answer": "1"}\n', ":1: kind 'poem'")])
 def test_bad_problem_files_are_named_by_file_and_line(stages, tmp_path, capsys, text, says):
@@ -156,6 +181,7 @@ def test_bad_flags_and_bad_models(stages, tmp_path, capsys, mini):
     assert "--seeed" in refused(one, ["--seeed", 1], capsys)
     assert "--limit" in refused(one, ["--limit", 0], capsys) and "--n" in refused(one, ["--n", "x"], capsys)
     assert "'poem'" in refused(stages[3], ["--objective", "poem"], capsys) and "'poem'" in refused(stages[4], ["--kl", "poem"], capsys)
+    assert "--temperature" in refused(one, ["--temperature", "nan"], capsys) and "--lr" in refused(stages[3], ["--lr", "-1"], capsys)
     assert "--device" in refused(one, ["--device", "abacus", "--out", tmp_path / "r"], capsys)
     assert "config.json" in refused(one, ["--model", tmp_path, "--out", tmp_path / "r"], capsys)
     assert "does not exist" in refused(one, ["--model", tmp_path / "none", "--out", tmp_path / "r"], capsys)
@@ -165,6 +191,14 @@ def test_bad_flags_and_bad_models(stages, tmp_path, capsys, mini):
     shutil.copytree(ROOT / "data/base", tmp_path / "m")
     (tmp_path / "m/model.safetensors").unlink()
     assert "weights" in refused(one, ["--model", tmp_path / "m", "--out", tmp_path / "r"], capsys)
+    (tmp_path / "m/model.safetensors").write_bytes((ROOT / "data/base/model.safetensors").read_bytes()[:100_000])
+    assert "weights" in refused(one, ["--model", tmp_path / "m", "--out", tmp_path / "r"], capsys)
+    weights = load_file(ROOT / "data/base/model.safetensors")
+    weights.pop("model.norm.weight")
+    save_file(weights, tmp_path / "m/model.safetensors", {"format": "pt"})
+    assert "model.norm.weight" in refused(one, ["--model", tmp_path / "m", "--out", tmp_path / "r"], capsys)
+    (tmp_path / "m/chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    assert "template fails" in refused(one, ["--model", tmp_path / "m", "--out", tmp_path / "r"], capsys)
     (tmp_path / "m/chat_template.jinja").unlink()
     assert "chat template" in refused(one, ["--model", tmp_path / "m", "--out", tmp_path / "r"], capsys)
 
@@ -177,6 +211,44 @@ def test_artifacts_of_other_arguments_are_not_overwritten(stages, mini, capsys, 
     message = refused(stages[stage], [*MINI[stage], *flags, "--out", mini], capsys)
     assert says in message and "--overwrite" in message
     assert {f: f.read_bytes() for f in mini.rglob("*") if f.is_file()} == before
+
+
+def test_bad_outputs(stages, mini, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path / "file", tmp_path / "file/below"):
+        assert "cannot be written" in refused(stages[1], ["--limit", 1, "--out", out], capsys)
+    assert "is a folder" in refused(stages[1], ["--limit", 1, "--responses", tmp_path], capsys)
+    assert "is a file" in refused(stages[4], [*MINI[4], "--out", mini, "--sd-zero", tmp_path / "file"], capsys)
+    assert "write its log over" in refused(stages[3], [*MINI[3], "--out", mini, "--srt", mini / "revisions"], capsys)
+    assert (tmp_path / "file").read_text() == "x"
+
+
+@pytest.mark.parametrize("stage, source, field, value", [
+    (2, "responses", "response", 5), (2, "responses", "answer", None), (2, "responses", "finished", "no"), (2, "responses", "response_ids", "abc"),
+    (3, "verified", "response_ids", [1.5]), (3, "verified", "response_ids", []), (3, "verified", "reward", 7), (3, "verified", "reward", True),
+    (4, "verified", "id", []), (3, "verified", "response_ids", [99999])])
+def test_a_field_of_a_wrong_type_is_named_by_file_and_line(stages, mini, tmp_path, capsys, stage, source, field, value):
+    rows = rows_of(mini / f"{source}.jsonl")
+    rows[1][field] = value
+    common.append_jsonl(tmp_path / f"{source}.jsonl", rows)
+    message = refused(stages[stage], [*MINI[stage], "--out", tmp_path], capsys)
+    assert f"{source}.jsonl" in message and (":2: field" in message or "token ids" in message)
+
+
+def test_evaluation_refuses_the_problems_of_phase_1(stages, mini, capsys):
+    assert "trained on" in refused(stages[5], [*MINI[5], "--data", ROOT / "data/train.jsonl", "--out", mini], capsys)
+
+
+def test_overwrite_keeps_the_old_artifact_until_the_new_one_is_complete(stages, mini, tmp_path, capsys):
+    old = (mini / "responses.jsonl").read_bytes()
+    for name in ("responses.jsonl", "responses.meta.json"):
+        shutil.copy(mini / name, tmp_path)
+    shutil.copytree(ROOT / "data/base", tmp_path / "m")
+    (tmp_path / "m/model.safetensors").write_bytes(b"no weights")
+    refused(stages[1], [*MINI[1], "--model", tmp_path / "m", "--overwrite", "--out", tmp_path], capsys)
+    assert (tmp_path / "responses.jsonl.old").read_bytes() == old
+    stages[1].main([*MINI[1], "--seed", "1", "--overwrite", "--out", str(tmp_path)])
+    assert not (tmp_path / "responses.jsonl.old").exists() and (tmp_path / "responses.jsonl").read_bytes() != old
 
 
 def test_new_responses_make_the_old_rewards_refused(stages, mini, tmp_path, capsys):

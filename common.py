@@ -113,7 +113,7 @@ def read_jsonl(path, fields, made_by):
                 if k not in row:
                     die(f"{path}:{number}: field {k!r} is missing; mend the line, or make the file again: {made_by}")
                 if not (type(row[k]) is right if isinstance(right, type) else right(row[k])):
-                    die(f"{path}:{number}: field {k!r} cannot be {str(row[k])[:40]!r}; mend the line, or make the file again: {made_by}")
+                    die(f"{path}:{number}: field {k!r} cannot be {row[k]!r:.40}; mend the line, or make the file again: {made_by}")
             rows.append(row)
     return rows or die(f"{path} is empty; make it again: {made_by}")
 
@@ -190,10 +190,12 @@ def claim(artifact, args, inputs, settings, fields=()):
     try:
         artifact.parent.mkdir(parents=True, exist_ok=True)
         if differs:
-            remove(f"{artifact}.old")
-            os.replace(artifact, f"{artifact}.old")
-            old = {}
-        complete = artifact.exists() and "counts" in old
+            for path in filter(Path.exists, (artifact, meta_path)):
+                if Path(f"{path}.old").exists():    # of an --overwrite that did not come to its end: keep that one
+                    remove(path)
+                else:
+                    os.replace(path, f"{path}.old")
+        complete = not differs and artifact.exists() and "counts" in old
         if not complete:
             versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
             write_json(meta_path, {"made_of": made_of, "arguments": vars(args), "versions": versions, "commit": commit()})
@@ -214,6 +216,7 @@ def finish(artifact, began, device, **counts):
     write_json(meta_file(artifact), {**json.loads(meta_file(artifact).read_text()), "device": str(device),
                                      "seconds": round(time.time() - began, 1), "counts": counts})
     remove(f"{artifact}.old")
+    remove(f"{meta_file(artifact)}.old")
 
 
 def remove(path):

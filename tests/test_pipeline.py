@@ -167,7 +167,7 @@ def test_a_stage_before_its_predecessor_names_the_command(stages, tmp_path, mini
 
 @pytest.mark.parametrize("text, says", [
     ("", "is empty"), ("{\n", ":1: not JSON"), ('{"problem": "\\ud800", "answer": "1"}\n', ":1: not JSON in UTF-8"), ('{"id": "a", "problem": "x"}\n', ":1: field 'answer'"), ("[1]\n", ":1: not an object"), ("\x00\n", ":1: not JSON"),
-    ('{"problem": "x", "answer": "1"}\n{"problem": "x", "answer": ""}\n', ":2: 'answer'"), ('{"problem": "x", "answer": 1}\n', ":1: field 'answer' cannot be '1'"),
+    ('{"problem": "x", "answer": "1"}\n{"problem": "x", "answer": ""}\n', ":2: 'answer'"), ('{"problem": "x", "answer": 1}\n', ":1: field 'answer' cannot be 1"),
     ('{"id": "a", "problem": "x", "answer": "1"}\n{"id": "a", "problem": "y", "answer": "1"}\n', ":2: id 'a' appears twice"),
     ('{"kind": "poem", "problem": "x", "answer": "1"}\n', ":1: kind 'poem'")])
 def test_bad_problem_files_are_named_by_file_and_line(stages, tmp_path, capsys, text, says):

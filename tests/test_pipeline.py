@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import common
-from conftest import MINI, ROOT
+from conftest import MINI, ROOT, load
 
 
 def rows_of(path):
@@ -263,7 +263,13 @@ def test_all_answers_wrong_or_ungradable_is_said_before_training(stages, tmp_pat
     assert "rewards mean nothing" in refused(stages[2], ["--out", tmp_path], capsys)
 
 
-def test_readme_line_counts_are_the_files(stages):
+def test_readme_results_are_those_of_the_runs():
+    with pytest.raises(SystemExit) as e:
+        load("tests/claims.py").main(["--check"])
+    assert e.value.code == 0
+
+
+def test_readme_line_counts_are_the_files():
     table = re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", (ROOT / "README.md").read_text(), re.M)
     assert len(table) >= 7
     for name, lines in table:

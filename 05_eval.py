@@ -12,7 +12,7 @@ base, srt/ and sd_zero/ answer the test problems, verify, and revise each of the
     wrong_after_wrong, wrong_after_right   of the phrases said after a wrong (right) attempt, how many say "wrong"; equal means by chance
 
     python 05_eval.py
-    python 05_eval.py --checkpoints base=data/base mine=runs/other/srt --n 8 --k 8 --summary other.json --eval other.jsonl
+    python 05_eval.py --checkpoints base=data/base mine=runs/other/srt --n 8 --k 8 --eval runs/demo/eval_mine.jsonl
 """
 
 import math
@@ -220,15 +220,17 @@ def main(argv=None):
     summary = [summarise(name, r, args.k, {1: args.p_r_right, 0: args.p_r_wrong}) for name, r in rows.items()]
     write_json(summary_path, summary)
     print_table(summary)
-    plot_stages(summary, summary_path.with_name("stages.png"))
+    prefix = "" if summary_path.name == "summary.json" else f"{summary_path.stem}_"
+    figures = [summary_path.with_name(prefix + figure) for figure in ("stages.png", "token_kl.png")]
+    plot_stages(summary, figures[0])
     name = "srt" if "srt" in rows else list(rows)[-1]
     wrong = [r for r in rows[name] if not r["greedy"] and not r["reward"] and r["finished"]]
     if wrong:
         typical = min(wrong, key=lambda r: abs(len(r["response_ids"]) - 80))
-        plot_token_kl(typical, checkpoints[name], summary_path.with_name("token_kl.png"), device, args)
+        plot_token_kl(typical, checkpoints[name], figures[1], device, args)
     if not complete:
         finish(path, began, device, answers=sum(map(len, rows.values())))
-    print(f"\n{path}, {summary_path}, stages.png, token_kl.png")
+    print(f"\n{path}, {summary_path}, {figures[0]}" + (f", {figures[1]}" if wrong else ""))
 
 
 if __name__ == "__main__":

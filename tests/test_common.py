@@ -2,7 +2,9 @@
 
 import random
 import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,6 +48,13 @@ def test_sample_follows_the_models_distribution(model, tokenizer, problems):
     frequency = torch.bincount(first, minlength=len(p)) / n
     assert (frequency - p).abs().max() < 4 * 0.5 / n ** 0.5  # four standard errors of the worst case
     assert len(set(first.tolist())) > 1
+
+
+def test_a_uniform_of_exactly_0_does_not_take_a_token_of_no_probability(model, tokenizer, problems, monkeypatch):
+    monkeypatch.setattr(common.np.random, "default_rng", lambda seed: SimpleNamespace(random=np.zeros))
+    prompt = prompt_ids(tokenizer, problems[0]["problem"])
+    token = sample(model, tokenizer, [prompt], [0], 1)[0][0]
+    assert model(torch.tensor([prompt])).logits[0, -1].softmax(-1)[token] > 1e-9 and token != 0
 
 
 def test_sampling_in_eval_mode_puts_the_training_mode_back(model, tokenizer, problems):

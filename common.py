@@ -15,13 +15,15 @@ import sys
 import time
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-transformers.utils.logging.disable_progress_bar()  # ours are enough
+transformers.utils.logging.disable_progress_bar()   # ours are enough
+huggingface_hub.utils.logging.set_verbosity_error()  # a hub out of reach is said once, by die()
 HERE = Path(__file__).resolve().parent
 P_R = {1: "Let me rephrase the above solution.", 0: "Wait, this response is not correct, let me start over."}
 
@@ -128,6 +130,8 @@ def load_problems(source, split="train", limit=None):
     path = Path(source)
     if path.exists() or path.suffix == ".jsonl":
         path = problem_file(source, split)
+        if not path.is_file():
+            die(f"--data: {path} does not exist; name a JSONL file, a folder that holds {split}.jsonl, or a hub id")
         rows, where = read_jsonl(path, ("problem", "answer"), "the README's section Artifacts has the format"), path
     else:
         from datasets import load_dataset  # slow to import, and needed for hub ids only

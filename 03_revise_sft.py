@@ -6,7 +6,7 @@
               L_generation = mean over tokens of  -log π_θ([y_init, P_r, y_revised] | x)
 
 verified.jsonl → revisions.jsonl: a row a revision, with {p_r, revised, revised_ids, revised_finished, revised_reward, revised_verdict,
-kept}; `kept` is "yes" or the reason why not. Then → srt/, the model θ_SRT, and srt.jsonl, a row an optimiser step.
+kept}; `kept` is "yes" or the reason why not. Answers that were cut get no revision, and are counted. Then → srt/, the model θ_SRT, and srt.jsonl, a row an optimiser step.
 A wrong y_init stays in the context: it is information, not noise. The first copy of y carries no end token. Unlike the official code:
 one summed loss instead of two stages of SFT, and revisions of right answers are used too.
 
@@ -124,12 +124,14 @@ def main(argv=None):
                             "temperature"),
                            ("id", "sample", "revision", "revised_ids", "revised_finished", "kept"))
     model = load_model(args.model, tokenizer, device)
+    cut = sum(not r["finished"] for r in rows)
     rows = collect(path, rows, done, model, tokenizer, args)
     counts = Counter(r["kept"] for r in rows)
     kept = [r for r in rows if r["kept"] == "yes"]
     if not complete:
-        finish(path, began, device, **counts)
-    print(f"{path}: {len(kept)} of {len(rows)} kept, {sum(r['reward'] == 0 for r in kept)} of them after a wrong answer; {dict(counts)}")
+        finish(path, began, device, answers_cut=cut, **counts)
+    print(f"{path}: {len(kept)} of {len(rows)} kept, {sum(r['reward'] == 0 for r in kept)} of them after a wrong answer; {dict(counts)}; "
+          f"{cut} answers were cut and not revised")
     if not kept:
         die(f"{path}: no revision was verified correct, so there is nothing to train on: more problems, or a stronger base")
 

@@ -18,14 +18,16 @@ import math
 import random
 import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import (append_jsonl, arguments, at_least, autocast, claim, completion_logits, die, end_ids, finish, load_model,
-                    load_tokenizer, pick_device, prompt_ids, read_jsonl, revision_ids, row_seed, sample, save_model, verify)
+from common import (append_jsonl, arguments, at_least, autocast, backward_through_head, claim, completion_hidden, die, end_ids, finish,
+                    load_model, load_tokenizer, micro_batches, pick_device, prompt_ids, read_jsonl, revision_ids, row_seed, sample,
+                    save_model, verify)
 
 
 # ---------------------------------------------------------------- collecting revisions
@@ -43,12 +45,12 @@ def collect(path, rows, done, model, tokenizer, args):
         die(f"{path} does not hold the revisions of these answers in their order; remove it to make it again")
     seen = {(r["id"], r["sample"], tuple(r["revised_ids"])) for r in done if r["kept"] == "yes"}
     progress, kept = tqdm(total=len(tasks), initial=len(done), desc="revise", unit="revision"), Counter(r["kept"] for r in done)
-    for b in range(len(done), len(tasks), 4 * args.batch_rows):  # four batches at a time, which sample() sorts by length
+    for b in range(len(done), len(tasks), 4 * args.batch_rows):
         batch = tasks[b:b + 4 * args.batch_rows]
         prefixes = [revision_ids(tokenizer, r["problem"], r["response_ids"], r["reward"], p_r) for r, _ in batch]
         seeds = [row_seed(args.seed, "revise", r["id"], r["sample"], k) for r, k in batch]
-        out = []
-        for (row, k), ids in zip(batch, sample(model, tokenizer, prefixes, seeds, args.max_new_tokens, args.temperature, args.batch_rows)):
+        revisions, out = sample(model, prefixes, seeds, args.max_new_tokens, args.temperature, args.batch_rows, progress), []
+        for (row, k), ids in zip(batch, revisions):
             text = tokenizer.decode(ids, skip_special_tokens=True)
             reward, verdict, _ = verify(row, text)
             finished, key = ids[-1] in end_ids(model), (row["id"], row["sample"], tuple(ids))
@@ -60,7 +62,6 @@ def collect(path, rows, done, model, tokenizer, args):
                         "revised_finished": finished, "revised_reward": reward, "revised_verdict": verdict, "kept": why})
         append_jsonl(path, out)
         done = done + out
-        progress.update(len(batch))
         progress.set_postfix(kept=kept["yes"])
     progress.close()
     return done
@@ -75,18 +76,21 @@ def sequence(row, tokenizer, p_r):
     return prompt, reviser[len(prompt):], row["revised_ids"]
 
 
-def srt_loss(model, batch, objective, n_revision, n_generation):
-    """Part of the step's loss that these tuples make up: sums over tokens, over the numbers of such tokens in the whole step.
+def srt_backward(model, batch, objective, n_revision, n_generation, context=nullcontext, scale=lambda part: part):
+    """Backward of the part of the step's loss that these tuples make up; returns it. n_*: numbers of such tokens in the whole step.
 
     Both losses read the same sequence [x, y_init, P_r, y_revised]; they differ in the tokens that they score. One pass serves both.
     """
     prompts, attempts, revised = zip(*batch)
     completions = [a + r for a, r in zip(attempts, revised)]
-    logits = completion_logits(model, prompts, completions).float()                                             # [N, V]
-    nll = F.cross_entropy(logits, torch.tensor(sum(completions, []), device=logits.device), reduction="none")   # [N]
-    is_revised = torch.tensor(sum(([0] * len(a) + [1] * len(r) for a, r in zip(attempts, revised)), []), device=nll.device)
-    l_revision, l_generation = (nll * is_revised).sum() / n_revision, nll.sum() / n_generation
-    return {"srt": l_revision + l_generation, "revision": l_revision, "generation": l_generation}[objective]
+    revision, generation = {"srt": (1, 1), "revision": (1, 0), "generation": (0, 1)}[objective]
+    of_attempt, of_revised = generation / n_generation, generation / n_generation + revision / n_revision   # weights of a token's -log π
+    weights = [w for a, r in zip(attempts, revised) for w in [of_attempt] * len(a) + [of_revised] * len(r)]
+    tokens, weights = torch.tensor(sum(completions, []), device=model.device), torch.tensor(weights, device=model.device)   # [N], [N]
+    with context():
+        hidden = completion_hidden(model, prompts, completions)                                                             # [N, H]
+    loss_of = lambda logits, at: (F.cross_entropy(logits.float(), tokens[at], reduction="none") * weights[at]).sum()
+    return backward_through_head(hidden, model.get_output_embeddings(), loss_of, context, scale)
 
 
 def main(argv=None):
@@ -98,14 +102,15 @@ def main(argv=None):
     g.add_argument("--revisions-right", default=1, type=at_least(0), help="of a right answer (default: 1) [paper: 3; official code: 0]")
     g.add_argument("--max-new-tokens", default=320, type=at_least(1), help="(default: 320) [paper: 16384]")
     g.add_argument("--temperature", default=1.0, type=at_least(0.0), help="(default: 1.0) [paper: 0.7; official code: 1.0 with top-p 0.9]")
-    g.add_argument("--batch-rows", default=200, type=at_least(1), help="answers sampled at once; does not change them")
+    g.add_argument("--batch-rows", default=256, type=at_least(1), help="answers sampled at once; does not change them")
     g = p.add_argument_group("training")
     g.add_argument("--srt", default=None, help="model folder to write (default: OUT/srt)")
     g.add_argument("--objective", default="srt", choices=["srt", "revision", "generation"], help="srt is the sum of the other two")
     g.add_argument("--epochs", default=3, type=at_least(1), help="(default: 3) [paper: 3]")
     g.add_argument("--lr", default=2e-4, type=at_least(0.0), help="peak; cosine with 5%% warm-up (default: 2e-4) [paper: 5e-6]")
     g.add_argument("--batch-size", default=32, type=at_least(1), help="tuples a step (default: 32)")
-    g.add_argument("--micro-batch", default=8, type=at_least(1), help="tuples a forward pass; does not change the gradient")
+    g.add_argument("--micro-tokens", default=2048, type=at_least(1), help="tokens a forward pass (default: 2048); does not change the gradient")
+    g.add_argument("--gradient-checkpointing", action="store_true", help="less memory, one more forward pass")
     args = p.parse_args(argv)
     source, path = args.verified or args.out / "verified.jsonl", Path(args.revisions or args.out / "revisions.jsonl")
     srt = Path(args.srt or args.out / "srt")
@@ -142,7 +147,7 @@ def main(argv=None):
         return print(f"{srt} is there already")
     began, (context, dtype) = time.time(), autocast(device)
     log.unlink(missing_ok=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=1e-4, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     examples = [sequence(r, tokenizer, {1: args.p_r_right, 0: args.p_r_wrong}) for r in kept]
     rng, batches = random.Random(args.seed), []
@@ -150,18 +155,16 @@ def main(argv=None):
         order = rng.sample(examples, len(examples))
         batches += [order[b:b + args.batch_size] for b in range(0, len(order), args.batch_size)]
     model.train()
+    if args.gradient_checkpointing:
+        model.activation_checkpointing_enable()
     warm_up, progress = max(1, len(batches) // 20), tqdm(batches, desc="SRT", unit="step")
     for step, batch in enumerate(progress):
         after = max(0, step - warm_up) / max(1, len(batches) - warm_up)                 # 0 until warmed up, then to 1 at the end
         lr = args.lr * min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * after))
         optimizer.param_groups[0]["lr"] = lr
         n_revision, n_generation = sum(len(r) for _, _, r in batch), sum(len(a) + len(r) for _, a, r in batch)
-        batch, loss = sorted(batch, key=lambda parts: sum(map(len, parts))), 0.0  # like lengths together: little padding
-        for b in range(0, len(batch), args.micro_batch):
-            with context():
-                part = srt_loss(model, batch[b:b + args.micro_batch], args.objective, n_revision, n_generation)
-            scaler.scale(part).backward()
-            loss += part.item()
+        loss = sum(srt_backward(model, part, args.objective, n_revision, n_generation, context, scaler.scale)
+                   for part in micro_batches(batch, lambda parts: sum(map(len, parts)), args.micro_tokens))
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         scaler.step(optimizer)

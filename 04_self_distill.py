@@ -19,14 +19,15 @@ srt/ + problems that phase 1 did not use → sd_zero/, and distill.jsonl, a row 
 
 import random
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from common import (append_jsonl, arguments, at_least, autocast, claim, completion_logits, die, end_ids, finish, load_model, load_problems,
-                    load_tokenizer, pick_device, problem_file, prompt_ids, read_jsonl, revision_ids, row_seed, sample, save_model,
-                    verify)
+from common import (append_jsonl, arguments, at_least, autocast, backward_through_head, claim, completion_hidden, die, end_ids, finish,
+                    load_model, load_problems, load_tokenizer, micro_batches, pick_device, problem_file, prompt_ids, read_jsonl,
+                    revision_ids, row_seed, sample, save_model, verify)
 
 
 def token_kl(student_logits, teacher_logits, kind="reverse"):
@@ -42,6 +43,25 @@ def token_kl(student_logits, teacher_logits, kind="reverse"):
         return reverse
     forward = (log_t.exp() * (log_t - log_s)).sum(-1)
     return forward if kind == "forward" else 0.5 * forward + 0.5 * reverse
+
+
+def kl_backward(student_hidden, student_head, teacher_hidden, teacher_head, kind, tokens, context=nullcontext, scale=lambda part: part,
+                chunk=None):
+    """Backward of Σ KL / tokens through the student's head and hidden states; returns the KL at each position: [N, H], [N, H] → [N].
+
+    Of both sides only a chunk of positions has logits at a time, so the memory grows with the chunk and the vocabulary, not with N.
+    """
+    token_kls = []
+
+    def loss_of(student_logits, at):
+        with torch.no_grad(), context():
+            teacher_logits = teacher_head(teacher_hidden[at])
+        kl = token_kl(student_logits, teacher_logits, kind)
+        token_kls.append(kl.detach())
+        return kl.sum() / tokens
+
+    backward_through_head(student_hidden, student_head, loss_of, context, scale, chunk)
+    return torch.cat(token_kls)
 
 
 def batches_of(problems, steps, size, seed):
@@ -72,12 +92,15 @@ def main(argv=None):
     g.add_argument("--steps", default=50, type=at_least(1), help="optimiser steps a round (default: 50)")
     g.add_argument("--rounds", default=1, type=at_least(1), help="rounds; after each, teacher := student (default: 1)")
     g.add_argument("--batch-size", default=64, type=at_least(1), help="problems a step, one answer each (default: 64) [paper: 128]")
-    g.add_argument("--micro-batch", default=16, type=at_least(1), help="answers a forward pass; does not change the gradient")
+    g.add_argument("--micro-tokens", default=2048, type=at_least(1), help="tokens a forward pass (default: 2048); does not change the gradient")
+    g.add_argument("--gradient-checkpointing", action="store_true", help="less memory, one more forward pass of the student")
+    g.add_argument("--offload-teacher", action="store_true", help="keep the teacher in the CPU's memory while the student samples and steps")
     g.add_argument("--kl", default="reverse", choices=["reverse", "forward", "mixed"], help="(default: reverse) [official code: mixed]")
     g.add_argument("--lr", default=1e-4, type=at_least(0.0), help="constant after warm-up (default: 1e-4) [paper: 5e-6]")
     g.add_argument("--warm-up", default=5, type=at_least(1), help="steps of linear warm-up (default: 5) [paper: 20]")
     g.add_argument("--max-new-tokens", default=320, type=at_least(1), help="(default: 320) [paper: 8192]")
     g.add_argument("--temperature", default=1.0, type=at_least(0.0), help="of sampling; only 1.0 is on-policy (default: 1.0) [paper: 0.7]")
+    g.add_argument("--batch-rows", default=256, type=at_least(1), help="answers sampled at once; does not change them")
     g.add_argument("--show-every", default=20, type=at_least(1), help="print two samples with their KL every so many steps (default: 20)")
     args = p.parse_args(argv)
     verified, srt = args.verified or args.out / "verified.jsonl", args.srt or args.out / "srt"
@@ -105,7 +128,10 @@ def main(argv=None):
     context, dtype = autocast(device)
     student, teacher = load_model(srt, tokenizer, device), load_model(srt, tokenizer, device, dtype)
     teacher.requires_grad_(False)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.01)
+    head, teacher_head = student.get_output_embeddings(), teacher.get_output_embeddings()
+    if args.gradient_checkpointing:
+        student.activation_checkpointing_enable()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     steps = args.steps * args.rounds
     progress = tqdm(batches_of(problems, steps, args.batch_size, args.seed), total=steps, desc="distill", unit="step")
@@ -116,30 +142,36 @@ def main(argv=None):
         # ---- sample on-policy, verify
         prompts = [prompt_ids(tokenizer, x["problem"]) for x in batch]
         seeds = [row_seed(args.seed, "distill", x["id"], step) for x in batch]
-        answers = sample(student, tokenizer, prompts, seeds, args.max_new_tokens, args.temperature)
+        answers = sample(student, prompts, seeds, args.max_new_tokens, args.temperature, args.batch_rows)
         rows = []
-        for y, x in sorted(zip(answers, batch), key=lambda pair: len(pair[0])):  # like lengths together: little padding below
+        for x, generator, y in zip(batch, prompts, answers):
             reward, verdict, _ = verify(x, tokenizer.decode(y, skip_special_tokens=True))
-            rows.append({**x, "response_ids": y, "reward": reward, "verdict": verdict})
+            reviser = revision_ids(tokenizer, x["problem"], y, reward, p_r)
+            rows.append({**x, "response_ids": y, "reward": reward, "verdict": verdict, "generator": generator, "reviser": reviser})
+        parts = micro_batches(rows, lambda r: len(r["reviser"] + r["response_ids"]), args.micro_tokens)
+        rows = [r for part in parts for r in part]
         answers = [r["response_ids"] for r in rows]
 
-        # ---- teacher, student, KL: a sum over tokens, divided by the tokens of the whole step
+        # ---- teacher: it reads x, y, P_r; hidden states where it predicts the second y
+        teacher.to(device)
+        with torch.no_grad(), context():
+            teacher_hidden = [completion_hidden(teacher, [r["reviser"] for r in part], [r["response_ids"] for r in part]) for part in parts]
+        if args.offload_teacher:
+            teacher.to("cpu")
+            teacher_head.to(device)
+
+        # ---- student: it reads x; the KL of each token is summed over the whole step, and divided by its tokens
         student.train()
-        tokens, lr, token_kls = sum(map(len, answers)), args.lr * min(1.0, (step + 1) / args.warm_up), []
-        optimizer.param_groups[0]["lr"] = lr
-        for b in range(0, len(rows), args.micro_batch):
-            part, y = rows[b:b + args.micro_batch], answers[b:b + args.micro_batch]
-            generator = [prompt_ids(tokenizer, r["problem"]) for r in part]
-            reviser = [revision_ids(tokenizer, r["problem"], r["response_ids"], r["reward"], p_r) for r in part]
+        tokens, token_kls = sum(map(len, answers)), []
+        for part, hidden_t in zip(parts, teacher_hidden):
+            y = [r["response_ids"] for r in part]
             with context():
-                with torch.no_grad():
-                    teacher_logits = completion_logits(teacher, reviser, y)                             # [N, V]
-                student_logits = completion_logits(student, generator, y)                               # [N, V], the same tokens
-            kl = token_kl(student_logits, teacher_logits, args.kl)                                      # [N]
-            scaler.scale(kl.sum() / tokens).backward()
-            token_kls += [k.tolist() for k in kl.detach().split([len(a) for a in y])]
+                hidden = completion_hidden(student, [r["generator"] for r in part], y)                          # [N, H]
+            kl = kl_backward(hidden, head, hidden_t, teacher_head, args.kl, tokens, context, scaler.scale)      # [N]
+            token_kls += [k.tolist() for k in kl.split(list(map(len, y)))]
 
         # ---- step
+        lr = optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / args.warm_up)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0).item()
         scaler.step(optimizer)
@@ -153,7 +185,7 @@ def main(argv=None):
                    "kl": mean(kl_by_r[0] + kl_by_r[1]), "kl_r0": mean(kl_by_r[0]), "kl_r1": mean(kl_by_r[1]),
                    "kl_first_token": mean([ks[0] for ks in token_kls]), "mean_tokens": tokens / len(rows),
                    "finished": mean([y[-1] in end_ids(student) for y in answers]), "gradient_norm": norm,
-                   "lr": optimizer.param_groups[0]["lr"], "tokens": tokens, "seconds": time.time() - began}
+                   "lr": lr, "tokens": tokens, "seconds": time.time() - began}
         append_jsonl(log, [metrics])
         progress.set_postfix(accuracy=f"{metrics['accuracy']:.0%}", kl=f"{metrics['kl']:.4f}", tokens=f"{metrics['mean_tokens']:.0f}")
         if step % args.show_every == 0:

@@ -42,13 +42,14 @@ def evaluate(name, folder, problems, done, path, device, args):
 
     def answer(batch, prefixes, stage, temperature):
         seeds = [row_seed(args.seed, stage, x["id"], k) for x, k in batch]          # the same noise for every checkpoint: paired
-        out = sample(model, tokenizer, prefixes, seeds, args.max_new_tokens, temperature, args.batch_rows)
+        out = sample(model, prefixes, seeds, args.max_new_tokens, temperature, args.batch_rows, progress)
         texts = [tokenizer.decode(y, skip_special_tokens=True) for y in out]
         return [(y, text, y[-1] in end_ids(model), *verify(x, text)) for (x, _), y, text in zip(batch, out, texts)]
 
-    progress = tqdm(total=len(tasks), initial=len(done), desc=name, unit="answer")
-    for b in range(len(done), len(tasks), 2 * args.batch_rows):
-        batch, rows = tasks[b:b + 2 * args.batch_rows], []
+    todo = tasks[len(done):]
+    progress = tqdm(total=len(todo) + sum(k >= 0 for _, k in todo), desc=name, unit="answer")    # revisions too
+    for b in range(0, len(todo), 4 * args.batch_rows):
+        batch, rows = todo[b:b + 4 * args.batch_rows], []
         for greedy in (True, False):
             part = [(x, k) for x, k in batch if (k < 0) == greedy]
             answers = answer(part, [prompt_ids(tokenizer, x["problem"]) for x, _ in part], "eval", 0.0 if greedy else args.temperature)
@@ -63,7 +64,6 @@ def evaluate(name, folder, problems, done, path, device, args):
                      revised_verdict=verdict)
         append_jsonl(path, rows)
         done = done + rows
-        progress.update(len(batch))
         progress.set_postfix(right=f"{np.mean([r['reward'] for r in rows]):.0%}")
     progress.close()
     return done
@@ -183,7 +183,7 @@ def main(argv=None):
     g.add_argument("--k", default=4, type=at_least(1), help="of pass@k (default: 4) [paper: 8]")
     g.add_argument("--max-new-tokens", default=320, type=at_least(1), help="(default: 320) [paper: 32768]")
     g.add_argument("--temperature", default=1.0, type=at_least(0.0), help="(default: 1.0)")
-    g.add_argument("--batch-rows", default=200, type=at_least(1), help="answers sampled at once; does not change them")
+    g.add_argument("--batch-rows", default=256, type=at_least(1), help="answers sampled at once; does not change them")
     args = p.parse_args(argv)
     path = Path(args.eval or args.out / "eval.jsonl")
     summary_path = Path(args.summary or path.with_name(path.stem.replace("eval", "summary", 1) + ".json"))

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import huggingface_hub
@@ -20,7 +21,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache
+from transformers.cache_utils import DynamicLayer
 
 transformers.utils.logging.disable_progress_bar()   # ours are enough
 huggingface_hub.utils.logging.set_verbosity_error()  # a hub out of reach is said once, by die()
@@ -67,12 +69,12 @@ def at_least(bound):
 
 
 def pick_device(name):
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.empty(1, device=name).device
+        device = torch.empty(1, device=name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu").device
     except (RuntimeError, AssertionError) as e:
         die(f"--device {name} cannot be used here: {str(e).splitlines()[0]}")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     return device if device.type in ("cpu", "cuda", "mps") else die(f"--device {name} is not supported: cpu, cuda or mps")
 
 
@@ -391,8 +393,8 @@ def save_model(model, tokenizer, folder):
     remove(old)
 
 
-def completion_logits(model, prefixes, completions):
-    """Logits that predict each token of each completion after its prefix, rows laid end to end: [N, V], N = total completion tokens.
+def completion_hidden(model, prefixes, completions):
+    """Last hidden states at the positions that predict each token of each completion after its prefix, rows laid end to end: [N, H].
 
     Token j of a completion is predicted one position earlier, the first by the prefix's last token. Rows are padded on the right: under
     causal attention no real token sees a pad, so masks come from lengths alone and the pad id may be anything, the end token too.
@@ -404,7 +406,44 @@ def completion_logits(model, prefixes, completions):
         ids[i, :lengths[i]] = torch.tensor(p + c)
         predicts[i, len(p) - 1:lengths[i] - 1] = True
     hidden = model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state   # [B, T, H]
-    return model.get_output_embeddings()(hidden[predicts.to(model.device)])                        # [N, V]
+    return hidden[predicts.to(model.device)]
+
+
+def completion_logits(model, prefixes, completions):
+    """The logits at these positions, all at once: [N, V]. For a few answers; the losses go through the head chunk by chunk."""
+    return model.get_output_embeddings()(completion_hidden(model, prefixes, completions))
+
+
+# ---------------------------------------------------------------- training
+
+def micro_batches(rows, length, budget):
+    """Rows in lists of at most `budget` tokens, padding included: shortest first, like lengths together. A longer row is alone."""
+    batches = []
+    for row in sorted(rows, key=length):
+        if not batches or (len(batches[-1]) + 1) * length(row) > budget:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
+
+def backward_through_head(hidden, head, loss_of, context=nullcontext, scale=lambda part: part, chunk=None):
+    """Backward of a loss on head(hidden), a chunk of positions at a time: [chunk, V] logits exist at once, not [N, V]. Returns the loss.
+
+    loss_of(logits [n, V], at) is the part of the loss that the positions `at`, a slice of the N, make up; the loss is the sum of the parts.
+    Each part is taken back as far as the chunk's hidden states at once, and its logits are dropped; then the gradient of all hidden states
+    [N, H] goes through the model in one pass. So nothing is computed twice, and the result is that of all chunks together.
+    """
+    chunk = chunk or max(1, 2**26 // head.weight.shape[0])  # 2^26 logits: 256 MB in float32
+    loss, gradients = 0.0, []
+    for b, h in enumerate(hidden.split(chunk)):
+        h = h.detach().requires_grad_()
+        with context():
+            logits = head(h)
+        part = loss_of(logits, slice(b * chunk, b * chunk + len(h)))
+        scale(part).backward()
+        loss, gradients = loss + part.item(), gradients + [h.grad]
+    hidden.backward(torch.cat(gradients))
+    return loss
 
 
 # ---------------------------------------------------------------- sampling
@@ -414,43 +453,99 @@ def row_seed(*parts):
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big")
 
 
-@torch.no_grad()
-def sample(model, tokenizer, prefixes, seeds, max_new_tokens, temperature=1.0, batch_rows=128):
+class RoomyLayer(DynamicLayer):
+    """One layer's cache, keys and values [B, heads, T, D], with free columns behind T: transformers' own copies all of it at each token."""
+
+    def update(self, keys, values, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            self.keys, self.values, self.room = keys[:, :, :0], values[:, :, :0], None
+        T, n = self.keys.shape[2], keys.shape[2]
+        if self.room is None or self.keys.data_ptr() != self.room[0].data_ptr() or T + n > self.room[0].shape[2]:
+            self.room = [F.pad(x, (0, 0, 0, n + 64)) for x in (self.keys, self.values)]
+        self.room[0][:, :, T:T + n], self.room[1][:, :, T:T + n] = keys, values
+        self.keys, self.values = (x[:, :, :T + n] for x in self.room)
+        return self.keys, self.values
+
+
+def prefill(model, prefixes):
+    """The cache after all but the last token of each prefix, padded on the left. Prefixes that are equal are computed once."""
+    unique = {tuple(p): None for p in prefixes}
+    place = {p: j for j, p in enumerate(unique)}
+    T = max(2, *map(len, unique)) - 1
+    ids = torch.tensor([[0] * (T + 1 - len(p)) + list(p[:-1]) for p in unique], device=model.device)                       # [B, T]
+    mask = torch.tensor([[0] * (T + 1 - len(p)) + [1] * (len(p) - 1) for p in unique], device=model.device)
+    cache = Cache(layer_class_to_replicate=RoomyLayer)
+    model.base_model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), past_key_values=cache)
+    keep(cache, [place[tuple(p)] for p in prefixes], T)
+    return cache
+
+
+def keep(cache, rows, columns):
+    """Only these rows of the cache, and its last columns."""
+    rows = torch.tensor(rows, device=cache.layers[0].keys.device)
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[rows][:, :, -columns:], layer.values[rows][:, :, -columns:]
+
+
+def join(batches):
+    """Batches [(rows, cache), ...] as one. All rows end at the last column, so the narrower caches get empty columns on the left."""
+    rows, caches = [i for batch, _ in batches for i in batch], [cache for _, cache in batches]
+    T = max(cache.get_seq_length() for cache in caches)
+    stack = lambda parts: torch.cat([F.pad(x, (0, 0, T - x.shape[2], 0)) for x in parts])
+    for layer, *others in zip(*(cache.layers for cache in caches)):
+        layer.keys, layer.values = stack([layer.keys] + [o.keys for o in others]), stack([layer.values] + [o.values for o in others])
+    return rows, caches[0]
+
+
+@torch.inference_mode()
+def sample(model, prefixes, seeds, max_new_tokens, temperature=1.0, batch_rows=256, progress=None):
     """One answer a prefix: a list of token ids, ending with an end token unless cut at max_new_tokens. temperature 0 is greedy.
 
-    Each row draws from its own stream of uniforms, so its answer does not depend on its neighbours. Rows that ended leave the batch.
+    Each row draws from its own stream of uniforms, so its answer does not depend on its neighbours. No batch waits for its longest
+    answer: rows that ended leave it (a quarter of it at a time, for leaving copies the rest); when a quarter is left, these rows wait while
+    the next batch starts, until there are enough for a batch of long answers. At most 2 · batch_rows rows are in memory.
     """
-    was_training, ends, answers = model.training, torch.tensor(end_ids(model), device=model.device), [[] for _ in prefixes]
+    was_training, ends = model.training, set(end_ids(model))
     model.eval()
-    order = sorted(range(len(prefixes)), key=lambda i: len(prefixes[i]))
-    for b in range(0, len(order), batch_rows):
-        rows = order[b:b + batch_rows]                                                          # the answers' numbers, B of them
-        T = len(prefixes[rows[-1]])
-        ids = torch.tensor([[0] * (T - len(prefixes[i])) + prefixes[i] for i in rows], device=model.device)  # [B, T], padded on the left
-        mask = torch.tensor([[0] * (T - len(prefixes[i])) + [1] * len(prefixes[i]) for i in rows], device=model.device)        # [B, T]
-        position = (mask.cumsum(-1) - 1).clamp(min=0)
-        noise = np.stack([np.random.default_rng(seeds[i]).random(max_new_tokens, np.float32) for i in rows])
-        uniform = torch.from_numpy(noise).clamp(min=1e-8).to(model.device)                      # [B, max_new_tokens]; 0 would take token 0
-        cache = DynamicCache(config=model.config)
-        context, _ = autocast(model.device)
-        for t in range(max_new_tokens):
-            with context():
-                logits = model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, logits_to_keep=1).logits
-            logits = logits[:, -1].float()                                                      # [B, V]
-            if temperature == 0:
-                token = logits.argmax(-1)
-            else:                                                                               # invert the distribution function
-                cdf = (logits / temperature).softmax(-1).cumsum(-1)
-                token = (cdf < uniform[:, t:t + 1] * cdf[:, -1:]).sum(-1).clamp(max=cdf.shape[-1] - 1)
-            for i, v in zip(rows, token.tolist()):
-                answers[i].append(v)
-            alive = (~torch.isin(token, ends)).nonzero()[:, 0]
-            if len(alive) == 0:
-                break
-            if len(alive) < len(rows):                                                          # B shrinks as answers end
-                cache.batch_select_indices(alive)
-                rows = [rows[j] for j in alive.tolist()]
-                token, mask, position, uniform = token[alive], mask[alive], position[alive], uniform[alive]
-            ids, mask, position = token[:, None], F.pad(mask, (0, 1), value=1), position[:, -1:] + 1
+    noise = [np.random.default_rng(seed).random(max_new_tokens, np.float32) for seed in seeds]
+    answers, ended = [[] for _ in prefixes], [False] * len(prefixes)
+    queue, waiting = sorted(range(len(prefixes)), key=lambda i: (len(prefixes[i]), prefixes[i])), []    # waiting: [(rows, cache), ...]
+    context, _ = autocast(model.device)
+    with context():  # around everything: the weights are cast once
+        while queue or waiting:
+            if queue and sum(len(rows) for rows, _ in waiting) < batch_rows:
+                pieces = micro_batches(queue[:batch_rows], lambda i: len(prefixes[i]), 8192)
+                rows, cache = join([(piece, prefill(model, [prefixes[i] for i in piece])) for piece in pieces])
+                queue = queue[batch_rows:]
+            else:
+                (rows, cache), waiting = join(waiting), []
+            few = batch_rows // 4 if queue or waiting else 0
+            while len(rows) > few:
+                T = cache.get_seq_length() + 1
+                length = torch.tensor([[len(prefixes[i]) + len(answers[i])] for i in rows], device=model.device)        # [B, 1]
+                mask = (torch.arange(T, device=model.device) >= T - length).long()                                      # [B, T]
+                ids = torch.tensor([[(answers[i] or prefixes[i])[-1]] for i in rows], device=model.device)              # [B, 1]
+                logits = model(input_ids=ids, attention_mask=mask, position_ids=length - 1, past_key_values=cache).logits[:, -1].float()
+                if temperature == 0:                                                                                    # [B, V]
+                    token = logits.argmax(-1)
+                else:                                                                   # invert the distribution function
+                    cdf = (logits / temperature).softmax(-1).cumsum(-1)
+                    uniform = np.array([[noise[i][min(len(answers[i]), max_new_tokens - 1)]] for i in rows])
+                    uniform = torch.from_numpy(uniform).clamp(min=1e-8).to(model.device)                                # 0 would take token 0
+                    token = (cdf < uniform * cdf[:, -1:]).sum(-1).clamp(max=cdf.shape[-1] - 1)
+                for i, t in zip(rows, token.tolist()):
+                    if not ended[i]:
+                        answers[i].append(t)
+                        ended[i] = t in ends or len(answers[i]) == max_new_tokens
+                alive = [j for j, i in enumerate(rows) if not ended[i]]
+                if len(alive) <= max(few, 3 * len(rows) // 4):
+                    if progress is not None:
+                        progress.update(len(rows) - len(alive))
+                    rows = [rows[j] for j in alive]
+                    if rows:
+                        keep(cache, alive, max(len(prefixes[i]) + len(answers[i]) for i in rows) - 1)
+            if rows:
+                waiting.append((rows, cache))
     model.train(was_training)
     return answers

@@ -18,16 +18,47 @@ def prompts_of(tokenizer, problems, n):
 
 def test_sample_does_not_depend_on_neighbours_order_or_batch_size(model, tokenizer, problems):
     prompts, seeds = prompts_of(tokenizer, problems, 12)
-    together = sample(model, tokenizer, prompts, seeds, 60)
-    assert together == sample(model, tokenizer, prompts, seeds, 60, batch_rows=5)
-    assert together[::-1] == sample(model, tokenizer, prompts[::-1], seeds[::-1], 60)
-    assert together[3] == sample(model, tokenizer, prompts[3:4], seeds[3:4], 60)[0]
-    assert together != sample(model, tokenizer, prompts, [s + 1 for s in seeds], 60)
+    together = sample(model, prompts, seeds, 60)
+    assert together == sample(model, prompts, seeds, 60, batch_rows=5)
+    assert together[::-1] == sample(model, prompts[::-1], seeds[::-1], 60)
+    assert together[3] == sample(model, prompts[3:4], seeds[3:4], 60)[0]
+    assert together != sample(model, prompts, [s + 1 for s in seeds], 60)
+
+
+def test_sample_is_the_same_when_rows_wait_and_join(model, tokenizer, problems):
+    """Prompts of very different lengths, some of them twice, in batches so small that rows leave, wait and join many times."""
+    prompts, seeds = prompts_of(tokenizer, problems, 12)
+    prompts, seeds = [p[:1] * (7 * (i % 3)) + p for i, p in enumerate(prompts)] + prompts[:4], seeds + seeds[:2] + [1, 2]
+    alone = [sample(model, [p], [s], 70)[0] for p, s in zip(prompts, seeds)]
+    ended = []
+    for batch_rows in (1, 3, 4, 16):
+        bar = SimpleNamespace(update=ended.append)
+        assert sample(model, prompts, seeds, 70, batch_rows=batch_rows, progress=bar) == alone
+    assert sum(ended) == 4 * len(prompts)
+    assert len({len(y) for y in alone}) > 3 and alone[0] != alone[3]
+
+
+def test_sampling_with_a_growing_cache_computes_each_equal_prefix_once(model, tokenizer, problems, monkeypatch):
+    seen, real = [], model.base_model.forward
+    monkeypatch.setattr(model.base_model, "forward", lambda *a, **k: seen.append(k["input_ids"].shape) or real(*a, **k))
+    prompts, _ = prompts_of(tokenizer, problems, 2)
+    sample(model, [prompts[0]] * 5 + [prompts[1]] * 3, range(8), 4)
+    assert seen[0] == (2, max(map(len, prompts)) - 1) and all(shape == (8, 1) for shape in seen[1:2])
+
+
+def test_micro_batches_hold_every_row_once_and_keep_the_budget():
+    rng = random.Random(0)
+    rows = [(i, rng.randint(1, 50)) for i in range(200)]
+    for budget in (10, 60, 1000):
+        batches = common.micro_batches(rows, lambda r: r[1], budget)
+        assert sorted(r for b in batches for r in b) == rows
+        assert all(len(b) * max(r[1] for r in b) <= budget or len(b) == 1 for b in batches)
+    assert common.micro_batches([], len, 10) == []
 
 
 def test_sample_ends_at_the_end_token_or_at_the_limit(model, tokenizer, problems):
     prompts, seeds = prompts_of(tokenizer, problems, 20)
-    answers = sample(model, tokenizer, prompts, seeds, 80)
+    answers = sample(model, prompts, seeds, 80)
     assert {len(y) == 80 for y in answers} == {True, False}, "the limit should cut some and not others"
     for y in answers:
         assert tokenizer.eos_token_id not in y[:-1]
@@ -36,14 +67,14 @@ def test_sample_ends_at_the_end_token_or_at_the_limit(model, tokenizer, problems
 
 def test_sample_greedy_is_generates_greedy(model, tokenizer, problems):
     prompts, seeds = prompts_of(tokenizer, problems, 6)
-    for p, y in zip(prompts, sample(model, tokenizer, prompts, seeds, 60, temperature=0)):
+    for p, y in zip(prompts, sample(model, prompts, seeds, 60, temperature=0)):
         expected = model.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)), do_sample=False, max_new_tokens=60)[0, len(p):]
         assert y == expected.tolist()
 
 
 def test_sample_follows_the_models_distribution(model, tokenizer, problems):
     prompt, n = prompt_ids(tokenizer, problems[0]["problem"]), 2000
-    first = torch.tensor([y[0] for y in sample(model, tokenizer, [prompt] * n, range(n), 1, batch_rows=n)])
+    first = torch.tensor([y[0] for y in sample(model, [prompt] * n, range(n), 1, batch_rows=n)])
     p = model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
     frequency = torch.bincount(first, minlength=len(p)) / n
     assert (frequency - p).abs().max() < 4 * 0.5 / n ** 0.5  # four standard errors of the worst case
@@ -53,14 +84,16 @@ def test_sample_follows_the_models_distribution(model, tokenizer, problems):
 def test_a_uniform_of_exactly_0_does_not_take_a_token_of_no_probability(model, tokenizer, problems, monkeypatch):
     monkeypatch.setattr(common.np.random, "default_rng", lambda seed: SimpleNamespace(random=np.zeros))
     prompt = prompt_ids(tokenizer, problems[0]["problem"])
-    token = sample(model, tokenizer, [prompt], [0], 1)[0][0]
+    token = sample(model, [prompt], [0], 1)[0][0]
     assert model(torch.tensor([prompt])).logits[0, -1].softmax(-1)[token] > 1e-9 and token != 0
 
 
 def test_sampling_in_eval_mode_puts_the_training_mode_back(model, tokenizer, problems):
+    prompts, seeds = prompts_of(tokenizer, problems, 2)
+    expected = sample(model, prompts, seeds, 20)
     model.train()
-    sample(model, tokenizer, *prompts_of(tokenizer, problems, 2), 3)
-    assert model.training
+    model.activation_checkpointing_enable()   # which would switch the cache off
+    assert sample(model, prompts, seeds, 20) == expected and model.training
 
 
 @pytest.mark.parametrize("text, boxed", [

@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 import common
-from common import completion_logits, prompt_ids, revision_ids
+from common import completion_hidden, completion_logits, prompt_ids, revision_ids
 
 S = torch.tensor([[[2, 1, 0, -1], [.5, .4, -.5, 3], [.1, 0, -.1, .2]], [[1, -1, 2, 0], [3, .2, .1, 1], [9, 8, 7, 6]]])
 T = torch.tensor([[[1, 2, 0, -2], [0, 1, 2, 1.9], [1, .3, -1, 0]], [[.1, .2, .3, .4], [2, 1.8, -1, 0], [-9, 9, 0, 1]]])
@@ -112,26 +111,66 @@ def test_srt_loss_is_the_sum_of_two_token_means(stages, model, tokenizer, proble
     l_revision, n_revision = token_mean([(x + a, r) for x, a, r in batch])       # -log π(y_revised | x, y_init, P_r)
     l_generation, n_generation = token_mean([(x, a + r) for x, a, r in batch])   # -log π([y_init, P_r, y_revised] | x)
     for objective, naive in (("revision", l_revision), ("generation", l_generation), ("srt", l_revision + l_generation)):
-        loss = lambda part: stages[3].srt_loss(model, part, objective, n_revision, n_generation).item()
-        assert loss(batch) == pytest.approx(naive, rel=1e-4)
-        assert sum(loss([b]) for b in batch) == pytest.approx(naive, rel=1e-4)   # four micro-batches of one are one of four
+        backward = lambda part: stages[3].srt_backward(model, part, objective, n_revision, n_generation)
+        model.zero_grad()
+        assert backward(batch) == pytest.approx(naive, rel=1e-4)
+        whole = flat_gradient(model)
+        assert sum(backward([b]) for b in batch) == pytest.approx(naive, rel=1e-4)   # four micro-batches of one are one of four
+        assert torch.allclose(flat_gradient(model), 2 * whole, atol=1e-4 * whole.abs().max())
 
 
-def test_kl_gradient_reaches_the_student_only_and_is_the_same_for_any_split(stages, model, tokenizer, problems):
+def flat_gradient(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("dtype, close", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("kind", ["reverse", "forward", "mixed"])
+def test_kl_by_chunks_is_the_naive_kl_in_value_and_gradient(stages, kind, dtype, close):
+    g = torch.Generator().manual_seed(0)
+    N, H, V = 23, 16, 3000
+    hidden, teacher_hidden = (torch.randn(N, H, generator=g, dtype=dtype) for _ in range(2))
+    head, teacher_head = (torch.nn.Linear(H, V, dtype=dtype) for _ in range(2))
+    h = hidden.clone().requires_grad_()
+    naive = stages[4].token_kl(head(h), teacher_head(teacher_hidden).detach(), kind)
+    (naive.sum() / 50).backward()
+    expected = naive.detach(), h.grad, head.weight.grad.clone(), head.bias.grad.clone()
+    for chunk in (1, 5, 22, 23, 100, None):
+        head.zero_grad()
+        h = hidden.clone().requires_grad_()
+        kl = stages[4].kl_backward(h * 1, head, teacher_hidden, teacher_head, kind, 50, chunk=chunk)
+        for ours, theirs in zip((kl, h.grad, head.weight.grad, head.bias.grad), expected):
+            assert (ours - theirs).abs().max() <= close * theirs.abs().max()
+    assert teacher_head.weight.grad is None
+
+
+def test_no_more_than_a_chunk_of_positions_has_logits(stages):
+    seen, head = [], torch.nn.Linear(8, 2**20)
+    head.register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    h = torch.randn(150, 8)
+    stages[4].kl_backward(h.clone().requires_grad_(), head, h, head.requires_grad_(False), "reverse", 1)
+    assert seen == [64] * 4 + [22] * 2     # 2^26 logits, of the student and of the teacher
+
+
+def test_kl_gradient_reaches_the_student_only_and_is_the_naive_one_for_any_split(stages, model, tokenizer, problems):
+    """Ragged rows, in float64: micro-batches of any size and chunks of any size against plain logits and autograd."""
+    model.double()
     _, prompts, completions = ragged(tokenizer, problems)
     prefixes = [revision_ids(tokenizer, x["problem"], y, 0) for x, y in zip(problems, completions)]
-    teacher = common.load_model(common.HERE / "data/base", tokenizer, torch.device("cpu")).requires_grad_(False)
-    tokens, gradients = sum(map(len, completions)), []
-    for size in (4, 1):
+    teacher = common.load_model(common.HERE / "data/base", tokenizer, torch.device("cpu")).double().requires_grad_(False)
+    tokens = sum(map(len, completions))
+    naive = stages[4].token_kl(completion_logits(model, prompts, completions), completion_logits(teacher, prefixes, completions))
+    (naive.sum() / tokens).backward()
+    expected = flat_gradient(model)
+    for size, chunk in ((4, None), (4, 3), (3, 7), (1, 2)):
         model.zero_grad()
+        kls = []
         for b in range(0, 4, size):
-            cut = slice(b, b + size)
-            kl = stages[4].token_kl(completion_logits(model, prompts[cut], completions[cut]), completion_logits(teacher, prefixes[cut], completions[cut]))
-            (kl.sum() / tokens).backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    assert gradients[0].norm() > 0 and F.cosine_similarity(*gradients, dim=0) > 1 - 1e-5
-    assert gradients[0].norm().item() == pytest.approx(gradients[1].norm().item(), rel=1e-4)
-    assert all(p.grad is None for p in teacher.parameters())
+            p, q, y = prompts[b:b + size], prefixes[b:b + size], completions[b:b + size]
+            kls.append(stages[4].kl_backward(completion_hidden(model, p, y), model.get_output_embeddings(), completion_hidden(teacher, q, y),
+                                             teacher.get_output_embeddings(), "reverse", tokens, chunk=chunk))
+        assert torch.allclose(torch.cat(kls), naive, rtol=0, atol=1e-10)
+        assert (flat_gradient(model) - expected).abs().max() < 1e-10 * expected.abs().max()
+    assert expected.norm() > 0 and all(p.grad is None for p in teacher.parameters())
 
 
 def test_pass_at_k_by_hand(stages):

@@ -70,16 +70,17 @@ def run_distill(stages, mini, out, *flags):
     return common.load_model(out / "sd_zero", common.load_tokenizer(out / "sd_zero"), torch.device("cpu"))
 
 
-def test_distillation_does_not_depend_on_the_micro_batch(stages, mini, tmp_path):
+@pytest.mark.parametrize("flags", [["--micro-tokens", "500"], ["--gradient-checkpointing", "--offload-teacher", "--batch-rows", "3"]])
+def test_distillation_does_not_depend_on_the_micro_batch_and_on_what_saves_memory(stages, mini, tmp_path, flags):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    whole, split = (run_distill(stages, mini, tmp_path / d, "--micro-batch", n) for d, n in (("a", "8"), ("b", "3")))
+    whole, split = run_distill(stages, mini, tmp_path / "a"), run_distill(stages, mini, tmp_path / "b", *flags)
     start = common.load_model(mini / "srt", common.load_tokenizer(mini / "srt"), torch.device("cpu"))
     for w, s, p in zip(whole.parameters(), split.parameters(), start.parameters()):
         assert (w - s).abs().max() < 0.05 * (w - p).abs().max() + 1e-7
 
 
 def test_teacher_is_frozen_and_synchronised_between_rounds_only(stages, mini, tmp_path, monkeypatch):
-    models, teachers, real_load, real_logits = [], [], stages[4].load_model, stages[4].completion_logits
+    models, teachers, real_load, real_hidden = [], [], stages[4].load_model, stages[4].completion_hidden
     monkeypatch.setattr(stages[4], "load_model", lambda *a: models.append(real_load(*a)) or models[-1])
 
     def spy(model, prefixes, completions):
@@ -87,12 +88,12 @@ def test_teacher_is_frozen_and_synchronised_between_rounds_only(stages, mini, tm
             assert not torch.is_grad_enabled() and not any(p.requires_grad for p in model.parameters())
             teachers.append(torch.cat([p.flatten() for p in model.parameters()]).clone())
             students.append(torch.cat([p.detach().flatten() for p in models[0].parameters()]).clone())
-        return real_logits(model, prefixes, completions)
+        return real_hidden(model, prefixes, completions)
     students, samplers = [], []
-    monkeypatch.setattr(stages[4], "completion_logits", spy)
+    monkeypatch.setattr(stages[4], "completion_hidden", spy)
     real_sample = stages[4].sample
     monkeypatch.setattr(stages[4], "sample", lambda model, *a: samplers.append(model) or real_sample(model, *a))
-    run_distill(stages, mini, tmp_path, "--rounds", "2")
+    run_distill(stages, mini, tmp_path, "--rounds", "2", "--micro-tokens", "100000")
     assert all(m is models[0] for m in samplers)  # on-policy: the student samples
     assert len(teachers) == 4  # one micro-batch a step, two steps a round
     assert torch.equal(teachers[0], teachers[1]) and torch.equal(teachers[2], teachers[3])

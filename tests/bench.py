@@ -1,0 +1,435 @@
+"""How fast and how small, beside what people would use instead: one table, in one process, peers measured in turns with ours.
+
+    sampling   answers a second: common.sample against model.generate at its best batch size
+    kl         time and peak memory of the KL and its gradient, from hidden states: ours by chunks, plain logits, TRL, liger (on a GPU)
+    step       one distillation step (sample, verify, teacher, student, update): 04_self_distill.py against TRL's SDPO trainer
+    stages     the five stages end to end, and what the time goes into
+    scaling    time and memory against length, batch and vocabulary → data/scaling.png
+    large      on a GPU only: Qwen3-4B's shape with random weights: sampling, training, memory, each against the hardware's limit
+
+Times are medians of the repeats, with the range. Memory is the peak over what was held before: of the process (Linux), or of the GPU's
+allocator. A peer that is not installed is skipped: pip install trl==1.13.0; pip install liger-kernel.
+
+    python tests/bench.py                    # half an hour on 2 cores; writes data/bench.json and the README's table
+    python tests/bench.py sampling kl        # only these; prints
+"""
+
+import argparse
+import contextlib
+import gc
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from conftest import ROOT, common, load  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BASE = ROOT / "data/base"
+L_MAX = 320
+
+
+# ---------------------------------------------------------------- measuring
+
+def resident():
+    """Bytes of memory of this process; nan where /proc does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+    except OSError:
+        return float("nan")
+
+
+def measured(f):
+    """(seconds, peak bytes over what was held before, result) of one call."""
+    gc.collect()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before, began = torch.cuda.memory_allocated(), time.perf_counter()
+        result = f()
+        torch.cuda.synchronize()
+        return time.perf_counter() - began, torch.cuda.max_memory_allocated() - before, result
+    with contextlib.suppress(OSError, AttributeError):  # give freed memory back, or it would hide the next peak
+        import ctypes
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before, done = resident(), threading.Event()
+    peak = [before]
+
+    def watch():
+        while not done.wait(0.005):
+            peak[0] = max(peak[0], resident())
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    began = time.perf_counter()
+    try:
+        result = f()
+    finally:
+        seconds = time.perf_counter() - began
+        done.set()
+        watcher.join()
+    return seconds, peak[0] - before, result
+
+
+def in_turns(repeats, **contestants):
+    """{name: {"seconds": [...], "bytes": [...]}}, all of them once, then all again; results of the last turn under "result"."""
+    table = {name: {"seconds": [], "bytes": [], "result": None} for name in contestants}
+    for _ in range(repeats):
+        for name, f in contestants.items():
+            seconds, size, table[name]["result"] = measured(f)
+            table[name]["seconds"].append(seconds)
+            table[name]["bytes"].append(size)
+    return table
+
+
+def installed(name):
+    if importlib.util.find_spec(name):
+        return True
+    print(f"{name} is not installed, so it is not measured: pip install {name}", file=sys.stderr)
+    return False
+
+
+def qwen3(vocabulary, hidden=128, layers=6, heads=4, kv_heads=2, head_dim=32, intermediate=384, dtype=torch.float32):
+    """Random weights in Qwen3's architecture; by default the shape of data/base. No token ends an answer."""
+    config = transformers.Qwen3Config(vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+                                      num_key_value_heads=kv_heads, head_dim=head_dim, intermediate_size=intermediate,
+                                      max_position_embeddings=65536, tie_word_embeddings=True, dtype=dtype)
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        model = transformers.Qwen3ForCausalLM(config).eval()
+    model.generation_config.eos_token_id = [vocabulary]
+    return model
+
+
+# ---------------------------------------------------------------- the contests
+
+def sampling(repeats):
+    tokenizer = common.load_tokenizer(BASE)
+    model = common.load_model(BASE, tokenizer, DEVICE)
+    prompts = [common.prompt_ids(tokenizer, x["problem"]) for x in common.load_problems(ROOT / "data", "train", 512)]
+
+    def generate(prompts, rows):
+        answers = []
+        for b in range(0, len(prompts), rows):
+            part = prompts[b:b + rows]
+            T = max(map(len, part))
+            ids = torch.tensor([[0] * (T - len(p)) + p for p in part], device=DEVICE)
+            mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in part], device=DEVICE)
+            out = model.generate(ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=L_MAX,
+                                 pad_token_id=tokenizer.pad_token_id)[:, T:].tolist()
+            ends = [next((j for j, t in enumerate(y) if t in common.end_ids(model)), L_MAX - 1) for y in out]
+            answers += [y[:end + 1] for y, end in zip(out, ends)]
+        return answers
+    few = prompts[:256]
+    best = min((32, 64, 128, 256), key=lambda rows: measured(lambda: generate(few, rows))[0])
+    table = in_turns(repeats, ours=lambda: common.sample(model, prompts, range(len(prompts)), L_MAX),
+                     generate=lambda: generate(prompts, best))
+    lengths = {name: [len(y) for y in row["result"]] for name, row in table.items()}
+    return [entry("sampling", f"{len(prompts)} answers of data/base; `model.generate`, {best} rows", table, per=len(prompts), unit="answers/s",
+                  note="; ".join(f"{name}: {np.mean(n):.0f} ± {np.std(n) / len(n) ** 0.5:.0f} tokens, a tenth above {np.percentile(n, 90):.0f}"
+                                 for name, n in lengths.items()))]
+
+
+def kl(repeats):
+    stage, rows = load("04_self_distill.py"), []
+    for V, H, N in ((151936, 1024, 4096), (400, 128, 4096)):
+        g = torch.Generator().manual_seed(0)
+        hidden, other = (torch.randn(N, H, generator=g).to(DEVICE) for _ in range(2))
+        head, teacher_head = (torch.nn.Linear(H, V, bias=False, device=DEVICE) for _ in range(2))
+        teacher_head.requires_grad_(False)
+
+        def run(backward):
+            def one():
+                h = hidden.clone().requires_grad_()
+                head.zero_grad()
+                total = backward(h)
+                return float(total), h.grad.norm().item()
+            return one
+
+        def ours(h):
+            return stage.kl_backward(h, head, other, teacher_head, "reverse", N).sum() / N
+
+        def naive(h):
+            loss = stage.token_kl(head(h), teacher_head(other)).sum() / N
+            loss.backward()
+            return loss.detach()
+        contestants = {"ours": run(ours), "plain logits": run(naive)}
+        if installed("trl"):
+            from trl.experimental.sdpo.loss_utils import compute_full_logit_self_distillation_loss
+
+            def trl(h):
+                loss = compute_full_logit_self_distillation_loss(head(h), teacher_head(other), distillation_alpha=1.0).sum() / N
+                loss.backward()
+                return loss.detach()
+            contestants["TRL"] = run(trl)
+        if DEVICE.type == "cuda" and installed("liger_kernel"):
+            from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+            liger_loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=False)
+
+            def liger(h):
+                loss = liger_loss(h, head.weight, other, teacher_head.weight, torch.zeros(N, dtype=torch.long, device=DEVICE))
+                loss.backward()
+                return loss.detach()
+            contestants["liger"] = run(liger)
+        table = in_turns(repeats, **contestants)
+        note = "; ".join(f"{name}: loss {row['result'][0]:.6f}, ‖∂L/∂h‖ {row['result'][1]:.4e}" for name, row in table.items())
+        rows.append(entry("kl", f"{N} positions, V = {V:,}, H = {H}", table, note=note))
+        del hidden, other, head, teacher_head, contestants, table
+    return rows
+
+
+def step(repeats):
+    tokenizer = common.load_tokenizer(BASE)
+    size, prefix = 64, [common.prompt_ids(tokenizer, x["problem"]) for x in common.load_problems(ROOT / "data", "train", 64)]
+    model = common.load_model(BASE, tokenizer, DEVICE)
+    attempts = [tokenizer.decode(y, skip_special_tokens=True) for y in common.sample(model, prefix, range(size), L_MAX)]
+    table = {"ours": steps_of_ours(repeats + 1, size)}
+    if installed("trl"):
+        for rows in (64, 16):  # answers a forward pass: all at once, or in four
+            table[f"TRL, {rows} rows"] = steps_of_trl(repeats + 1, size, rows, tokenizer, attempts)
+    return [entry("step", f"data/base, {size} answers of at most {L_MAX} tokens, reverse KL over the full vocabulary", table, note="first step left out")]
+
+
+def steps_of_ours(n, size):
+    """Seconds of each step but the first, as 04 logs them, and the peak of the whole run."""
+    stage = load("04_self_distill.py")
+    with tempfile.TemporaryDirectory() as out, quiet():
+        (Path(out) / "none.jsonl").write_text(json.dumps({"id": "none", "problem": "none"}) + "\n")
+        flags = ["--srt", BASE, "--verified", Path(out) / "none.jsonl", "--out", out, "--steps", n, "--batch-size", size, "--show-every", 10**6]
+        _, peak, _ = measured(lambda: stage.main([str(f) for f in flags]))
+        at = [json.loads(line)["seconds"] for line in (Path(out) / "distill.jsonl").read_text().splitlines()]
+    return {"seconds": list(np.diff(at)), "bytes": [peak]}
+
+
+def steps_of_trl(n, size, rows, tokenizer, attempts):
+    """The same with TRL: its teacher reads an earlier attempt as feedback, for each answer, so that its sequences are as long as ours."""
+    from datasets import Dataset
+    from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
+    problems = common.load_problems(ROOT / "data", "train", size * n)
+    data = Dataset.from_list([{"prompt": [{"role": "user", "content": x["problem"]}], "privileged_context": attempts[i % size], "answer": x["answer"]}
+                              for i, x in enumerate(problems)])
+
+    def reward(completions, answer, **_):
+        return [float(common.verify({"answer": a}, c[0]["content"])[0]) for c, a in zip(completions, answer)]
+    at = []
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+            at.append(time.perf_counter())
+
+    def train():
+        config = SDPOConfig(output_dir=out, per_device_train_batch_size=rows, gradient_accumulation_steps=size // rows, max_steps=n,
+                            num_generations=1, scale_rewards="none", max_completion_length=L_MAX, temperature=1.0, learning_rate=1e-4,
+                            distillation_mode="full_logits", distillation_alpha=1.0, distillation_is_clip=None, teacher_model_kind="base",
+                            use_successful_as_teacher=False, include_environment_feedback=True, bf16=DEVICE.type == "cuda",
+                            gradient_checkpointing=False, use_cpu=DEVICE.type == "cpu", report_to="none", save_strategy="no",
+                            disable_tqdm=True, logging_steps=10**6)
+        model = common.load_model(BASE, tokenizer, DEVICE)
+        model.config._name_or_path = str(BASE)
+        SDPOTrainer(model=model, reward_funcs=reward, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[Clock()]).train()
+    with tempfile.TemporaryDirectory() as out, quiet():
+        _, peak, _ = measured(train)
+    return {"seconds": list(np.diff(at)), "bytes": [peak]}
+
+
+@contextlib.contextmanager
+def quiet():
+    """Without the scripts' own lines and bars."""
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
+        yield
+
+
+def stages(repeats):
+    """The README's command with no flag, its functions timed from outside."""
+    spent, seconds = dict.fromkeys(("sampling", "verifying", "teacher", "student"), 0.0), {}
+
+    def timed(f, name):
+        def g(*a, **k):
+            began = time.perf_counter()
+            try:
+                return f(*a, **k)
+            finally:
+                if DEVICE.type == "cuda":
+                    torch.cuda.synchronize()
+                spent[name() if callable(name) else name] += time.perf_counter() - began
+        return g
+    parts = {"sample": "sampling", "verify": "verifying", "backward_through_head": "student", "kl_backward": "student",
+             "completion_hidden": lambda: "student" if torch.is_grad_enabled() else "teacher"}
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as out:
+        for name in sorted(p.name for p in ROOT.glob("0?_*.py")):
+            stage, at = load(name), time.perf_counter()
+            for f, what in parts.items():
+                if hasattr(stage, f) and not (f == "backward_through_head" and hasattr(stage, "kl_backward")):  # 04's is inside kl_backward
+                    setattr(stage, f, timed(getattr(stage, f), what))
+            with quiet():
+                stage.main(["--out", out])
+            seconds[name[:2]] = time.perf_counter() - at
+    whole = time.perf_counter() - began
+    spent["other"] = whole - sum(spent.values())
+    return [{"part": "stages", "case": "the five stages, no flags", "minutes": whole / 60, "stage_seconds": seconds,
+             "share": {k: v / whole for k, v in spent.items()}}]
+
+
+def scaling(repeats):
+    """Sampling, and teacher + student + KL of one step, against answer length, batch and vocabulary."""
+    stage, rows = load("04_self_distill.py"), []
+
+    def case(L, B, V):
+        model, teacher = qwen3(V), qwen3(V).requires_grad_(False)
+        rng = np.random.default_rng(0)
+        prompts, answers = ([rng.integers(0, V, n).tolist() for _ in range(B)] for n in (32, L))
+
+        def train():
+            for part in common.micro_batches(list(range(B)), lambda i: 2 * L + 48, 2048):
+                y = [answers[i] for i in part]
+                with torch.no_grad():
+                    hidden_t = common.completion_hidden(teacher, [prompts[i] + answers[i] + prompts[i][:16] for i in part], y)
+                hidden = common.completion_hidden(model, [prompts[i] for i in part], y)
+                stage.kl_backward(hidden, model.get_output_embeddings(), hidden_t, teacher.get_output_embeddings(), "reverse", B * L)
+        table = in_turns(repeats, sampling=lambda: len(common.sample(model, prompts, range(B), L)), training=train)
+        return {"part": "scaling", "L": L, "B": B, "V": V,
+                **{name: {"seconds": statistics.median(t["seconds"]), "bytes": max(t["bytes"])} for name, t in table.items()}}
+    axes = {"L": [(L, 8, 400) for L in (256, 512, 1024, 2048, 4096)], "B": [(256, B, 400) for B in (4, 8, 16, 32, 64, 128)],
+            "V": [(256, 8, V) for V in (400, 4000, 40000, 151936)]}
+    for axis, cases in axes.items():
+        rows += [{"axis": axis, **case(*c)} for c in cases]
+    return rows
+
+
+def large(repeats):
+    """Qwen3-4B's shape on one GPU; longest answer that trains, tokens a second in sampling, MFU in training, peak memory."""
+    if DEVICE.type != "cuda":
+        print("large: no GPU here, so it is not measured", file=sys.stderr)
+        return []
+    stage = load("04_self_distill.py")
+    shape = dict(vocabulary=151936, hidden=2560, layers=36, heads=32, kv_heads=8, head_dim=128, intermediate=9728)
+    context, dtype = common.autocast(DEVICE)
+    student, teacher = qwen3(**shape), qwen3(**shape, dtype=dtype).requires_grad_(False)
+    parameters, rng, rows = sum(p.numel() for p in student.parameters()), np.random.default_rng(0), []
+    x = torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
+    y = torch.empty_like(x)
+    bandwidth = 2 * x.numel() / statistics.median(measured(lambda: y.copy_(x))[0] for _ in range(9))    # bytes a second, read and written
+    a = torch.randn(8192, 8192, device=DEVICE, dtype=dtype)
+    peak_flops = 2 * 8192**3 / statistics.median(measured(lambda: a @ a)[0] for _ in range(9))
+    del x, y, a
+    for B in (16, 64):  # rows; 256 new tokens after 512
+        prompts = [rng.integers(0, 151936, 512).tolist() for _ in range(B)]
+        seconds, peak, _ = measured(lambda: common.sample(student, prompts, range(B), 256))
+        read = 256 * (2 * parameters + B * 640 * 2 * 36 * 8 * 128 * 2)     # bytes: weights in bf16, and the cache at its middle length
+        rows.append({"part": "large", "case": f"sampling, {B} rows, 256 tokens after 512", "tokens_per_second": 256 * B / seconds,
+                     "share_of_bandwidth": read / seconds / bandwidth, "bytes": peak})
+    student.activation_checkpointing_enable()
+    student.train()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, fused=True)
+    teacher_head = teacher.get_output_embeddings()
+    for L in (1024, 4096, 8192, 16384, 32768):
+        prompt, y = rng.integers(0, 151936, 256).tolist(), rng.integers(0, 151936, L).tolist()
+
+        def train():
+            teacher.to(DEVICE)
+            with torch.no_grad(), context():
+                hidden_t = common.completion_hidden(teacher, [prompt + y + prompt[:16]], [y])
+            teacher.to("cpu")
+            teacher_head.to(DEVICE)
+            with context():
+                hidden = common.completion_hidden(student, [prompt], [y])
+            stage.kl_backward(hidden, student.get_output_embeddings(), hidden_t, teacher_head, "reverse", L, context)
+            optimizer.step()
+            optimizer.zero_grad()
+        try:
+            train()
+            seconds, peak, _ = measured(train)
+        except torch.cuda.OutOfMemoryError:
+            rows.append({"part": "large", "case": f"training on one answer of {L} tokens", "fits": False})
+            break
+        n = 256 + L
+        flops = 6 * parameters * n + 2 * parameters * (n + L + 16) + 12 * 36 * 32 * 128 * n**2 / 2   # student, teacher, attention; no recomputation
+        rows.append({"part": "large", "case": f"training on one answer of {L} tokens", "fits": True, "seconds": seconds,
+                     "tokens_per_second": L / seconds, "mfu": flops / seconds / peak_flops, "bytes": torch.cuda.max_memory_allocated()})
+    rows.append({"part": "large", "case": "measured limits", "copy_bytes_per_second": bandwidth, "matmul_flops": peak_flops})
+    return rows
+
+
+# ---------------------------------------------------------------- the table and the figure
+
+def entry(part, case, table, per=None, unit=None, note=""):
+    """A row of data/bench.json: median and range of seconds, peak bytes, for each contestant."""
+    return {"part": part, "case": case, "per": per, "unit": unit, "note": note,
+            "runs": {name: {"seconds": statistics.median(t["seconds"]), "low": min(t["seconds"]), "high": max(t["seconds"]),
+                            "bytes": max(t["bytes"])} for name, t in table.items()}}
+
+
+def markdown(rows, machine):
+    lines = [f"{machine}; medians, lowest to highest in brackets.", "", "| | | time | peak memory | time ÷ ours | memory ÷ ours |",
+             "|---|---|--:|--:|--:|--:|"]
+    size = lambda b: "–" if b != b else f"{b / 1e9:.2f} GB" if b >= 1e8 else f"{b / 1e6:.0f} MB"
+    for row in (r for r in rows if "runs" in r):
+        ours = row["runs"]["ours"]
+        for name, t in row["runs"].items():
+            cell = f"{t['seconds']:.3g} s ({t['low']:.3g}–{t['high']:.3g})"
+            if row["per"]:
+                cell = f"{row['per'] / t['seconds']:.3g} {row['unit']} ({row['per'] / t['high']:.3g}–{row['per'] / t['low']:.3g})"
+            lines.append(f"| {row['part'] + ': ' + row['case'] if t is ours else ''} | {name} | {cell} | {size(t['bytes'])} | "
+                         + ("| |" if t is ours else f"{t['seconds'] / ours['seconds']:.2f} | {t['bytes'] / ours['bytes']:.1f} |"))
+    for row in rows:
+        if row["part"] == "stages":
+            each = ", ".join(f"{k} {s:.0f} s" for k, s in row["stage_seconds"].items())
+            share = ", ".join(f"{k} {v:.0%}" for k, v in row["share"].items())
+            lines += ["", f"The five stages end to end: {row['minutes']:.1f} minutes ({each}); {share}."]
+        elif row["part"] == "large":
+            lines += ["", ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if k != "part")]
+    return "\n".join(lines)
+
+
+def plot(rows, path):
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(2, 3, figsize=(9, 5), layout="constrained", sharey="row")
+    titles = {"L": "tokens an answer (8 answers, V = 400)", "B": "answers (256 tokens, V = 400)", "V": "vocabulary (8 answers, 256 tokens)"}
+    for column, (axis, title) in enumerate(titles.items()):
+        cases = [r for r in rows if r.get("axis") == axis]
+        x = [r[axis] for r in cases]
+        for name, style in (("sampling", "ko-"), ("training", "k^--")):
+            axes[0, column].loglog(x, [r[name]["seconds"] for r in cases], style, label=name, base=2)
+            axes[1, column].loglog(x, [max(r[name]["bytes"], 1) / 1e6 for r in cases], style, base=2)
+        first = cases[0]["training"]["seconds"]
+        axes[0, column].loglog(x, [first * v / x[0] for v in x], color="0.6", linestyle=":", label="linear", base=2)
+        axes[1, column].set_xlabel(title)
+    axes[0, 0].set_ylabel("seconds")
+    axes[1, 0].set_ylabel("peak memory, MB")
+    axes[0, 0].legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ["sampling", "kl", "step", "stages", "scaling", "large"]
+    p.add_argument("parts", nargs="*", choices=[*names, []], help="default: all, and write them down")
+    p.add_argument("--repeats", type=int, default=3, help="turns (default: 3)")
+    args = p.parse_args(argv)
+    machine = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} threads, {platform.processor() or platform.machine()}"
+    rows = []
+    for name in args.parts or names:
+        new = globals()[name](args.repeats)
+        rows += new
+        print(json.dumps(new, indent=1), flush=True)
+    print(markdown(rows, machine))
+
+
+if __name__ == "__main__":
+    main()

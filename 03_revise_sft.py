@@ -6,7 +6,8 @@
               L_generation = mean over tokens of  -log π_θ([y_init, P_r, y_revised] | x)
 
 verified.jsonl → revisions.jsonl: a row a revision, with {p_r, revised, revised_ids, revised_finished, revised_reward, revised_verdict,
-kept}; `kept` is "yes" or the reason why not. Answers that were cut get no revision, and are counted. Then → srt/, the model θ_SRT, and srt.jsonl, a row an optimiser step.
+kept}; `kept` is "yes" or the reason why not. Answers that were cut get no revision, and are counted.
+Then → srt/, the model θ_SRT, and srt.jsonl, a row an optimiser step.
 A wrong y_init stays in the context: it is information, not noise. The first copy of y carries no end token. Unlike the official code:
 one summed loss instead of two stages of SFT, and revisions of right answers are used too.
 
@@ -102,14 +103,14 @@ def main(argv=None):
     g.add_argument("--revisions-right", default=1, type=at_least(0), help="of a right answer (default: 1) [paper: 3; official code: 0]")
     g.add_argument("--max-new-tokens", default=320, type=at_least(1), help="(default: 320) [paper: 16384]")
     g.add_argument("--temperature", default=1.0, type=at_least(0.0), help="(default: 1.0) [paper: 0.7; official code: 1.0 with top-p 0.9]")
-    g.add_argument("--batch-rows", default=256, type=at_least(1), help="answers sampled at once; does not change them")
+    g.add_argument("--batch-rows", default=384, type=at_least(1), help="answers sampled at once; does not change them")
     g = p.add_argument_group("training")
     g.add_argument("--srt", default=None, help="model folder to write (default: OUT/srt)")
     g.add_argument("--objective", default="srt", choices=["srt", "revision", "generation"], help="srt is the sum of the other two")
     g.add_argument("--epochs", default=3, type=at_least(1), help="(default: 3) [paper: 3]")
     g.add_argument("--lr", default=2e-4, type=at_least(0.0), help="peak; cosine with 5%% warm-up (default: 2e-4) [paper: 5e-6]")
     g.add_argument("--batch-size", default=32, type=at_least(1), help="tuples a step (default: 32)")
-    g.add_argument("--micro-tokens", default=2048, type=at_least(1), help="tokens a forward pass (default: 2048); does not change the gradient")
+    g.add_argument("--micro-tokens", default=2048, type=at_least(1), help="tokens a forward pass (default: 2048); same gradient")
     g.add_argument("--gradient-checkpointing", action="store_true", help="less memory, one more forward pass")
     args = p.parse_args(argv)
     source, path = args.verified or args.out / "verified.jsonl", Path(args.revisions or args.out / "revisions.jsonl")

@@ -92,15 +92,15 @@ def main(argv=None):
     g.add_argument("--steps", default=50, type=at_least(1), help="optimiser steps a round (default: 50)")
     g.add_argument("--rounds", default=1, type=at_least(1), help="rounds; after each, teacher := student (default: 1)")
     g.add_argument("--batch-size", default=64, type=at_least(1), help="problems a step, one answer each (default: 64) [paper: 128]")
-    g.add_argument("--micro-tokens", default=2048, type=at_least(1), help="tokens a forward pass (default: 2048); does not change the gradient")
+    g.add_argument("--micro-tokens", default=2048, type=at_least(1), help="tokens a forward pass (default: 2048); same gradient")
     g.add_argument("--gradient-checkpointing", action="store_true", help="less memory, one more forward pass of the student")
-    g.add_argument("--offload-teacher", action="store_true", help="keep the teacher in the CPU's memory while the student samples and steps")
+    g.add_argument("--offload-teacher", action="store_true", help="the teacher waits in the CPU's memory while the student works")
     g.add_argument("--kl", default="reverse", choices=["reverse", "forward", "mixed"], help="(default: reverse) [official code: mixed]")
     g.add_argument("--lr", default=1e-4, type=at_least(0.0), help="constant after warm-up (default: 1e-4) [paper: 5e-6]")
     g.add_argument("--warm-up", default=5, type=at_least(1), help="steps of linear warm-up (default: 5) [paper: 20]")
     g.add_argument("--max-new-tokens", default=320, type=at_least(1), help="(default: 320) [paper: 8192]")
     g.add_argument("--temperature", default=1.0, type=at_least(0.0), help="of sampling; only 1.0 is on-policy (default: 1.0) [paper: 0.7]")
-    g.add_argument("--batch-rows", default=256, type=at_least(1), help="answers sampled at once; does not change them")
+    g.add_argument("--batch-rows", default=384, type=at_least(1), help="answers sampled at once; does not change them")
     g.add_argument("--show-every", default=20, type=at_least(1), help="print two samples with their KL every so many steps (default: 20)")
     args = p.parse_args(argv)
     verified, srt = args.verified or args.out / "verified.jsonl", args.srt or args.out / "srt"
@@ -148,7 +148,7 @@ def main(argv=None):
             reward, verdict, _ = verify(x, tokenizer.decode(y, skip_special_tokens=True))
             reviser = revision_ids(tokenizer, x["problem"], y, reward, p_r)
             rows.append({**x, "response_ids": y, "reward": reward, "verdict": verdict, "generator": generator, "reviser": reviser})
-        parts = micro_batches(rows, lambda r: len(r["reviser"] + r["response_ids"]), args.micro_tokens)
+        parts = micro_batches(rows, lambda r: len(r["reviser"]) + len(r["response_ids"]), args.micro_tokens)
         rows = [r for part in parts for r in part]
         answers = [r["response_ids"] for r in rows]
 

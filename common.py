@@ -433,7 +433,7 @@ def backward_through_head(hidden, head, loss_of, context=nullcontext, scale=lamb
     Each part is taken back as far as the chunk's hidden states at once, and its logits are dropped; then the gradient of all hidden states
     [N, H] goes through the model in one pass. So nothing is computed twice, and the result is that of all chunks together.
     """
-    chunk = chunk or max(1, 2**26 // head.weight.shape[0])  # 2^26 logits: 256 MB in float32
+    chunk = chunk or max(1, 2**25 // head.weight.shape[0])  # 2^25 logits: 128 MB in float32
     loss, gradients = 0.0, []
     for b, h in enumerate(hidden.split(chunk)):
         h = h.detach().requires_grad_()
@@ -499,7 +499,7 @@ def join(batches):
 
 
 @torch.inference_mode()
-def sample(model, prefixes, seeds, max_new_tokens, temperature=1.0, batch_rows=256, progress=None):
+def sample(model, prefixes, seeds, max_new_tokens, temperature=1.0, batch_rows=384, progress=None):
     """One answer a prefix: a list of token ids, ending with an end token unless cut at max_new_tokens. temperature 0 is greedy.
 
     Each row draws from its own stream of uniforms, so its answer does not depend on its neighbours. No batch waits for its longest
@@ -532,7 +532,7 @@ def sample(model, prefixes, seeds, max_new_tokens, temperature=1.0, batch_rows=2
                 else:                                                                   # invert the distribution function
                     cdf = (logits / temperature).softmax(-1).cumsum(-1)
                     uniform = np.array([[noise[i][min(len(answers[i]), max_new_tokens - 1)]] for i in rows])
-                    uniform = torch.from_numpy(uniform).clamp(min=1e-8).to(model.device)                                # 0 would take token 0
+                    uniform = torch.from_numpy(uniform).clamp(min=1e-8).to(model.device)    # a 0 would take token 0
                     token = (cdf < uniform * cdf[:, -1:]).sum(-1).clamp(max=cdf.shape[-1] - 1)
                 for i, t in zip(rows, token.tolist()):
                     if not ended[i]:

@@ -264,9 +264,10 @@ def test_all_answers_wrong_or_ungradable_is_said_before_training(stages, tmp_pat
     assert "rewards mean nothing" in refused(stages[2], ["--out", tmp_path], capsys)
 
 
-def test_readme_results_are_those_of_the_runs():
+@pytest.mark.parametrize("script", ["tests/claims.py", "tests/bench.py"])
+def test_readme_results_are_those_of_the_runs(script):
     with pytest.raises(SystemExit) as e:
-        load("tests/claims.py").main(["--check"])
+        load(script).main(["--check"])
     assert e.value.code == 0
 
 
@@ -275,3 +276,11 @@ def test_readme_line_counts_are_the_files():
     assert len(table) >= 7
     for name, lines in table:
         assert len((ROOT / name).read_text().splitlines()) == int(lines), name
+
+
+def test_the_gpu_part_of_the_benchmark_runs_in_miniature():
+    shape = dict(vocabulary=500, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, intermediate=128)
+    bench = load("tests/bench.py")
+    rows = bench.large(1, shape, square=64, lengths=(16, 32))
+    assert len(rows) == 5 and all(v > 0 for row in rows for v in row.values() if isinstance(v, float))
+    assert "a training step on one answer of 32 tokens" in bench.markdown(rows, "a machine")

@@ -31,7 +31,7 @@ from common import (append_jsonl, arguments, at_least, autocast, backward_throug
 
 
 def token_kl(student_logits, teacher_logits, kind="reverse"):
-    """KL at each position, summed over the vocabulary: [..., V], [..., V] → [...], in float32 (or wider), no T² factor.
+    """KL at each position, summed over the vocabulary: [..., V], [..., V] → [...], in float32 (or wider), at temperature 1.
 
     reverse is KL(student‖teacher), the paper's; forward is KL(teacher‖student); mixed is half of each.
     """
@@ -49,13 +49,13 @@ def kl_backward(student_hidden, student_head, teacher_hidden, teacher_head, kind
                 chunk=None):
     """Backward of Σ KL / tokens through the student's head and hidden states; returns the KL at each position: [N, H], [N, H] → [N].
 
-    Of both sides only a chunk of positions has logits at a time, so the memory grows with the chunk and the vocabulary, not with N.
+    Of both sides only a chunk of positions has logits at a time: they take chunk · V entries, not N · V.
     """
     token_kls = []
 
     def loss_of(student_logits, at):
         with torch.no_grad(), context():
-            teacher_logits = teacher_head(teacher_hidden[at])
+            teacher_logits = teacher_head(teacher_hidden[at].to(student_logits.device))
         kl = token_kl(student_logits, teacher_logits, kind)
         token_kls.append(kl.detach())
         return kl.sum() / tokens
@@ -65,7 +65,7 @@ def kl_backward(student_hidden, student_head, teacher_hidden, teacher_head, kind
 
 
 def batches_of(problems, steps, size, seed):
-    """`steps` batches of different problems: shuffled passes, each but for a last batch that would not be full."""
+    """`steps` batches of different problems: shuffled passes over all of them, each without a last batch that would not be full."""
     rng, queue = random.Random(seed), []
     for _ in range(steps):
         if len(queue) < size:
@@ -74,10 +74,10 @@ def batches_of(problems, steps, size, seed):
         queue = queue[size:]
 
 
-def show(row, kl, tokenizer):
+def show(row, tokenizer):
     """A whole sample, each token followed by its KL where that is at least 0.1 nats."""
-    text = "".join(tokenizer.decode([t]) + (f"⟨{k:.1f}⟩" if k >= 0.1 else "") for t, k in zip(row["response_ids"], kl))
-    tqdm.write(f"\n── {row['problem']}  [a = {row['answer']}, r = {row['reward']}, KL {sum(kl):.2f}]\n{text}\n")
+    text = "".join(tokenizer.decode([t]) + (f"⟨{k:.1f}⟩" if k >= 0.1 else "") for t, k in zip(row["response_ids"], row["kl"]))
+    tqdm.write(f"\n── {row['problem']}  [a = {row['answer']}, r = {row['reward']}, KL {sum(row['kl']):.2f}]\n{text}\n")
 
 
 def main(argv=None):
@@ -92,15 +92,17 @@ def main(argv=None):
     g.add_argument("--steps", default=50, type=at_least(1), help="optimiser steps a round (default: 50)")
     g.add_argument("--rounds", default=1, type=at_least(1), help="rounds; after each, teacher := student (default: 1)")
     g.add_argument("--batch-size", default=64, type=at_least(1), help="problems a step, one answer each (default: 64) [paper: 128]")
-    g.add_argument("--micro-tokens", default=2048, type=at_least(1), help="tokens a forward pass (default: 2048); same gradient")
+    g.add_argument("--micro-tokens", default=2048, type=at_least(1),
+                   help="at most so many in a forward pass, padding too (default: 2048): memory, not results")
     g.add_argument("--gradient-checkpointing", action="store_true", help="less memory, one more forward pass of the student")
     g.add_argument("--offload-teacher", action="store_true", help="the teacher waits in the CPU's memory while the student works")
-    g.add_argument("--kl", default="reverse", choices=["reverse", "forward", "mixed"], help="(default: reverse) [official code: mixed]")
+    g.add_argument("--kl", default="reverse", choices=["reverse", "forward", "mixed"],
+                   help="reverse is KL(student‖teacher), forward the other, mixed half of each (default: reverse) [official code: mixed]")
     g.add_argument("--lr", default=1e-4, type=at_least(0.0), help="constant after warm-up (default: 1e-4) [paper: 5e-6]")
     g.add_argument("--warm-up", default=5, type=at_least(1), help="steps of linear warm-up (default: 5) [paper: 20]")
     g.add_argument("--max-new-tokens", default=320, type=at_least(1), help="(default: 320) [paper: 8192]")
     g.add_argument("--temperature", default=1.0, type=at_least(0.0), help="of sampling; only 1.0 is on-policy (default: 1.0) [paper: 0.7]")
-    g.add_argument("--batch-rows", default=384, type=at_least(1), help="answers sampled at once; does not change them")
+    g.add_argument("--batch-rows", default=384, type=at_least(1), help="answers sampled at once (default: 384): memory, not results")
     g.add_argument("--show-every", default=20, type=at_least(1), help="print two samples with their KL every so many steps (default: 20)")
     args = p.parse_args(argv)
     verified, srt = args.verified or args.out / "verified.jsonl", args.srt or args.out / "srt"
@@ -129,6 +131,7 @@ def main(argv=None):
     student, teacher = load_model(srt, tokenizer, device), load_model(srt, tokenizer, device, dtype)
     teacher.requires_grad_(False)
     head, teacher_head = student.get_output_embeddings(), teacher.get_output_embeddings()
+    resting_place = torch.device("cpu") if args.offload_teacher else device
     if args.gradient_checkpointing:
         student.activation_checkpointing_enable()
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
@@ -145,30 +148,29 @@ def main(argv=None):
         answers = sample(student, prompts, seeds, args.max_new_tokens, args.temperature, args.batch_rows)
         rows = []
         for x, generator, y in zip(batch, prompts, answers):
-            reward, verdict, _ = verify(x, tokenizer.decode(y, skip_special_tokens=True))
+            reward, _, _ = verify(x, tokenizer.decode(y, skip_special_tokens=True))
             reviser = revision_ids(tokenizer, x["problem"], y, reward, p_r)
-            rows.append({**x, "response_ids": y, "reward": reward, "verdict": verdict, "generator": generator, "reviser": reviser})
+            rows.append({**x, "response_ids": y, "reward": reward, "generator": generator, "reviser": reviser})
         parts = micro_batches(rows, lambda r: len(r["reviser"]) + len(r["response_ids"]), args.micro_tokens)
-        rows = [r for part in parts for r in part]
-        answers = [r["response_ids"] for r in rows]
 
         # ---- teacher: it reads x, y, P_r; hidden states where it predicts the second y
         teacher.to(device)
         with torch.no_grad(), context():
-            teacher_hidden = [completion_hidden(teacher, [r["reviser"] for r in part], [r["response_ids"] for r in part]) for part in parts]
-        if args.offload_teacher:
-            teacher.to("cpu")
-            teacher_head.to(device)
+            teacher_hidden = [completion_hidden(teacher, [r["reviser"] for r in part], [r["response_ids"] for r in part]).to(resting_place)
+                              for part in parts]                                                                # [N, H] each
+        teacher.to(resting_place)
+        teacher_head.to(device)
 
         # ---- student: it reads x; the KL of each token is summed over the whole step, and divided by its tokens
         student.train()
-        tokens, token_kls = sum(map(len, answers)), []
+        tokens = sum(map(len, answers))
         for part, hidden_t in zip(parts, teacher_hidden):
             y = [r["response_ids"] for r in part]
             with context():
                 hidden = completion_hidden(student, [r["generator"] for r in part], y)                          # [N, H]
             kl = kl_backward(hidden, head, hidden_t, teacher_head, args.kl, tokens, context, scaler.scale)      # [N]
-            token_kls += [k.tolist() for k in kl.split(list(map(len, y)))]
+            for row, of_row in zip(part, kl.split(list(map(len, y)))):
+                row["kl"] = of_row.tolist()
 
         # ---- step
         lr = optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / args.warm_up)
@@ -180,19 +182,18 @@ def main(argv=None):
 
         # ---- what happened
         mean = lambda values: sum(values) / len(values) if values else None
-        kl_by_r = {bit: [k for r, ks in zip(rows, token_kls) if r["reward"] == bit for k in ks] for bit in (0, 1)}
+        kl_by_r = {bit: [k for r in rows if r["reward"] == bit for k in r["kl"]] for bit in (0, 1)}
         metrics = {"round": step // args.steps, "step": step, "accuracy": mean([r["reward"] for r in rows]),
                    "kl": mean(kl_by_r[0] + kl_by_r[1]), "kl_r0": mean(kl_by_r[0]), "kl_r1": mean(kl_by_r[1]),
-                   "kl_first_token": mean([ks[0] for ks in token_kls]), "mean_tokens": tokens / len(rows),
+                   "kl_first_token": mean([r["kl"][0] for r in rows]), "mean_tokens": tokens / len(rows),
                    "finished": mean([y[-1] in end_ids(student) for y in answers]), "gradient_norm": norm,
                    "lr": lr, "tokens": tokens, "seconds": time.time() - began}
         append_jsonl(log, [metrics])
         progress.set_postfix(accuracy=f"{metrics['accuracy']:.0%}", kl=f"{metrics['kl']:.4f}", tokens=f"{metrics['mean_tokens']:.0f}")
         if step % args.show_every == 0:
             for bit in (0, 1):
-                of_this_kind = [(row, kl) for row, kl in zip(rows, token_kls) if row["reward"] == bit]
-                if of_this_kind:
-                    show(*of_this_kind[len(of_this_kind) // 2], tokenizer)  # the one of median length
+                if of_this_kind := sorted((r for r in rows if r["reward"] == bit), key=lambda r: len(r["response_ids"])):
+                    show(of_this_kind[len(of_this_kind) // 2], tokenizer)  # the one of median length
     save_model(student, tokenizer, folder)
     for artifact in (folder, log):
         finish(artifact, began, device, steps=steps, problems=len(problems))

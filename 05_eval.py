@@ -16,12 +16,12 @@ base, srt/ and sd_zero/ answer the test problems, verify, and revise each of the
 """
 
 import math
+import re
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import (append_jsonl, arguments, at_least, claim, completion_logits, die, end_ids, finish, load_model, load_problems,
@@ -78,7 +78,7 @@ def pass_at_k(n, c, k):
 
 def judgements(row, p_r):
     """(said, true) for each control phrase that the answer says after an attempt with a \\boxed{}: 1 right, 0 wrong."""
-    places = sorted((i, bit) for bit in (0, 1) for i in find_all(row["response"], p_r[bit]))
+    places = sorted((m.start(), bit) for bit in (0, 1) for m in re.finditer(re.escape(p_r[bit]), row["response"]))
     start, out = 0, []
     for i, said in places:
         true, verdict, _ = verify(row, row["response"][start:i])
@@ -86,13 +86,6 @@ def judgements(row, p_r):
             out.append((said, true))
         start = i + len(p_r[said])
     return out
-
-
-def find_all(text, phrase):
-    at = text.find(phrase)
-    while at >= 0:
-        yield at
-        at = text.find(phrase, at + 1)
 
 
 def summarise(name, rows, k, p_r):
@@ -148,9 +141,9 @@ def plot_token_kl(row, folder, path, device, args):
     tokenizer = load_tokenizer(folder)
     model, y = load_model(folder, tokenizer, device), row["response_ids"]
     prefix = revision_ids(tokenizer, row["problem"], y, row["reward"], {1: args.p_r_right, 0: args.p_r_wrong})
-    log_s = completion_logits(model, [prompt_ids(tokenizer, row["problem"])], [y]).float().log_softmax(-1)   # [T, V]
+    log_s = completion_logits(model, [prompt_ids(tokenizer, row["problem"])], [y]).float().log_softmax(-1)   # [N, V]
     log_t = completion_logits(model, [prefix], [y]).float().log_softmax(-1)
-    kl = F.kl_div(log_t, log_s, log_target=True, reduction="none").sum(-1).tolist()                          # [T]; KL(student‖teacher)
+    kl = (log_s.exp() * (log_s - log_t)).sum(-1).tolist()                                                    # [N]; KL(student‖teacher)
     top, column, line, places = max(kl), 0, 0, []                                   # places: (column, line, text, kl)
     for t, k in zip(y, kl):
         text = tokenizer.decode([t])
@@ -183,7 +176,7 @@ def main(argv=None):
     g.add_argument("--k", default=4, type=at_least(1), help="of pass@k (default: 4) [paper: 8]")
     g.add_argument("--max-new-tokens", default=320, type=at_least(1), help="(default: 320) [paper: 32768]")
     g.add_argument("--temperature", default=1.0, type=at_least(0.0), help="(default: 1.0)")
-    g.add_argument("--batch-rows", default=384, type=at_least(1), help="answers sampled at once; does not change them")
+    g.add_argument("--batch-rows", default=384, type=at_least(1), help="answers sampled at once (default: 384): memory, not results")
     args = p.parse_args(argv)
     path = Path(args.eval or args.out / "eval.jsonl")
     summary_path = Path(args.summary or path.with_name(path.stem.replace("eval", "summary", 1) + ".json"))

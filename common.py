@@ -1,4 +1,4 @@
-"""What two or more stages must share exactly: records, prompts and P_r, the verifier, model loading, sampling, and alignment.
+"""What two or more stages must share exactly: command line, records, prompts and P_r, the verifier, models, training, sampling.
 
 Letters for shapes: B rows, T positions, V vocabulary, N answer tokens of a batch laid end to end, H hidden size.
 """
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 transformers.utils.logging.disable_progress_bar()   # ours are enough
@@ -39,7 +39,7 @@ def die(message):
 # ---------------------------------------------------------------- command line
 
 def arguments(doc, limit=None):
-    """A parser with the flags that mean the same in every script."""
+    """A parser with the flags that all scripts take, so that one set fits all five commands; a stage ignores what it has no use for."""
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = lambda message: die(f"{p.prog}: {message}; see {p.prog} --help")
     g = p.add_argument_group("shared by all stages")
@@ -276,7 +276,7 @@ def revision_ids(tokenizer, problem, response_ids, reward, p_r=P_R):
 
 def last_boxed(text):
     r"""The content of the last \boxed{...} that is closed, nested braces and all; None if there is none."""
-    opened, last = [], None     # opened: for each open brace the place behind it, negative if it is not a box's
+    opened, last = [], None     # opened: a stack; for each open brace the place where its box's content starts, -1 if it is no box's
     for m in re.finditer(r"(\\boxed\s*)?\{|\}", text):
         if m.group() != "}":
             opened.append(m.end() if m.group(1) else -1)
@@ -364,6 +364,8 @@ def load_model(name, tokenizer, device, dtype=torch.float32):
     if lost := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
         die(f"model {name}: {len(lost)} of its weights are missing or of the wrong shape, {lost[0]} for one")
     model = model.to(device).eval()
+    if not all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=model.config).layers):
+        die(f"model {name} has layers other than attention (a recurrent state, say), which sampling does not support")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         die(f"model {name}: its tokenizer has {len(tokenizer)} tokens, its weights only {model.get_input_embeddings().num_embeddings}")
     if not set(end_ids(model)) & set(tokenizer.all_special_ids):
@@ -429,6 +431,8 @@ def micro_batches(rows, length, budget):
 def backward_through_head(hidden, head, loss_of, context=nullcontext, scale=lambda part: part, chunk=None):
     """Backward of a loss on head(hidden), a chunk of positions at a time: [chunk, V] logits exist at once, not [N, V]. Returns the loss.
 
+    context: for the head's forward (autocast); scale: of a part before its backward (GradScaler.scale).
+
     loss_of(logits [n, V], at) is the part of the loss that the positions `at`, a slice of the N, make up; the loss is the sum of the parts.
     Each part is taken back as far as the chunk's hidden states at once, and its logits are dropped; then the gradient of all hidden states
     [N, H] goes through the model in one pass. So nothing is computed twice, and the result is that of all chunks together.
@@ -454,14 +458,18 @@ def row_seed(*parts):
 
 
 class RoomyLayer(DynamicLayer):
-    """One layer's cache, keys and values [B, heads, T, D], with free columns behind T: transformers' own copies all of it at each token."""
+    """One layer's cache, keys and values [B, heads, T, D], with free columns behind T: transformers' own copies all of it at each token.
+
+    `room` holds the same keys and values with the free columns; pick() and join() replace the tensors, and so drop it.
+    """
 
     def update(self, keys, values, *args, **kwargs):
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
             self.keys, self.values, self.room = keys[:, :, :0], values[:, :, :0], None
+        keys = keys.to(values.dtype)    # under autocast keys come out of the rotation in float32, and would be cast at each token
         T, n = self.keys.shape[2], keys.shape[2]
-        if self.room is None or self.keys.data_ptr() != self.room[0].data_ptr() or T + n > self.room[0].shape[2]:
+        if self.room is None or T + n > self.room[0].shape[2]:
             self.room = [F.pad(x, (0, 0, 0, n + 64)) for x in (self.keys, self.values)]
         self.room[0][:, :, T:T + n], self.room[1][:, :, T:T + n] = keys, values
         self.keys, self.values = (x[:, :, :T + n] for x in self.room)
@@ -477,15 +485,15 @@ def prefill(model, prefixes):
     mask = torch.tensor([[0] * (T + 1 - len(p)) + [1] * (len(p) - 1) for p in unique], device=model.device)
     cache = Cache(layer_class_to_replicate=RoomyLayer)
     model.base_model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), past_key_values=cache)
-    keep(cache, [place[tuple(p)] for p in prefixes], T)
+    pick(cache, [place[tuple(p)] for p in prefixes], T)
     return cache
 
 
-def keep(cache, rows, columns):
-    """Only these rows of the cache, and its last columns."""
+def pick(cache, rows, columns):
+    """The cache becomes these rows of it, which may repeat, and its last columns."""
     rows = torch.tensor(rows, device=cache.layers[0].keys.device)
     for layer in cache.layers:
-        layer.keys, layer.values = layer.keys[rows][:, :, -columns:], layer.values[rows][:, :, -columns:]
+        layer.keys, layer.values, layer.room = layer.keys[:, :, -columns:][rows], layer.values[:, :, -columns:][rows], None
 
 
 def join(batches):
@@ -493,49 +501,57 @@ def join(batches):
     rows, caches = [i for batch, _ in batches for i in batch], [cache for _, cache in batches]
     T = max(cache.get_seq_length() for cache in caches)
     stack = lambda parts: torch.cat([F.pad(x, (0, 0, T - x.shape[2], 0)) for x in parts])
-    for layer, *others in zip(*(cache.layers for cache in caches)):
-        layer.keys, layer.values = stack([layer.keys] + [o.keys for o in others]), stack([layer.values] + [o.values for o in others])
+    for layers in zip(*(cache.layers for cache in caches)):
+        keys, values = stack([x.keys for x in layers]), stack([x.values for x in layers])
+        for x in layers:    # free a layer's parts before the next layer is stacked
+            x.keys = x.values = x.room = None
+        layers[0].keys, layers[0].values = keys, values
     return rows, caches[0]
+
+
+def draw(logits, temperature, uniform):
+    """One token a row, [B, V] → [B], by inverting the distribution function at uniform [B, 1] in (0, 1); temperature 0: the likeliest."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    cdf = (logits.float() / temperature).softmax(-1).cumsum(-1)
+    return (cdf < uniform * cdf[:, -1:]).sum(-1)
 
 
 @torch.inference_mode()
 def sample(model, prefixes, seeds, max_new_tokens, temperature=1.0, batch_rows=384, progress=None):
     """One answer a prefix: a list of token ids, ending with an end token unless cut at max_new_tokens. temperature 0 is greedy.
 
-    Each row draws from its own stream of uniforms, so its answer does not depend on its neighbours. No batch waits for its longest
-    answer: rows that ended leave it (a quarter of it at a time, for leaving copies the rest); when a quarter is left, these rows wait while
-    the next batch starts, until there are enough for a batch of long answers. At most 2 · batch_rows rows are in memory.
+    Each row draws from its own stream of uniforms, so its answer depends on its neighbours only as far as they change the logits'
+    rounding. Rows that ended leave the batch (a quarter of it at a time, for leaving copies the rest). When a quarter of the batch is left,
+    these rows wait while the next batch starts, until there are enough of them for a batch of long answers; so batches wait for their
+    longest answers only when no others are left. At most 2 · batch_rows rows are in memory. progress: a tqdm bar, counting answers.
     """
     was_training, ends = model.training, set(end_ids(model))
     model.eval()
     noise = [np.random.default_rng(seed).random(max_new_tokens, np.float32) for seed in seeds]
     answers, ended = [[] for _ in prefixes], [False] * len(prefixes)
-    queue, waiting = sorted(range(len(prefixes)), key=lambda i: (len(prefixes[i]), prefixes[i])), []    # waiting: [(rows, cache), ...]
+    queue = sorted(range(len(prefixes)), key=lambda i: (len(prefixes[i]), prefixes[i]))     # like lengths, and equal prefixes, together
+    waiting = []                                                                            # [(rows, cache), ...]
     context, _ = autocast(model.device)
     with context():  # around everything: the weights are cast once
         while queue or waiting:
             if queue and sum(len(rows) for rows, _ in waiting) < batch_rows:
-                pieces = micro_batches(queue[:batch_rows], lambda i: len(prefixes[i]), 8192)
+                pieces = micro_batches(queue[:batch_rows], lambda i: len(prefixes[i]), 8192)    # tokens a forward pass
                 rows, cache = join([(piece, prefill(model, [prefixes[i] for i in piece])) for piece in pieces])
                 queue = queue[batch_rows:]
             else:
                 (rows, cache), waiting = join(waiting), []
-            few = batch_rows // 4 if queue or waiting else 0
+            few = batch_rows // 4 if queue or waiting else 0    # the last rows have none to wait for
             while len(rows) > few:
                 T = cache.get_seq_length() + 1
                 length = torch.tensor([[len(prefixes[i]) + len(answers[i])] for i in rows], device=model.device)        # [B, 1]
                 mask = (torch.arange(T, device=model.device) >= T - length).long()                                      # [B, T]
                 ids = torch.tensor([[(answers[i] or prefixes[i])[-1]] for i in rows], device=model.device)              # [B, 1]
-                logits = model(input_ids=ids, attention_mask=mask, position_ids=length - 1, past_key_values=cache).logits[:, -1].float()
-                if temperature == 0:                                                                                    # [B, V]
-                    token = logits.argmax(-1)
-                else:                                                                   # invert the distribution function
-                    cdf = (logits / temperature).softmax(-1).cumsum(-1)
-                    uniform = np.array([[noise[i][min(len(answers[i]), max_new_tokens - 1)]] for i in rows])
-                    uniform = torch.from_numpy(uniform).clamp(min=1e-8).to(model.device)    # a 0 would take token 0
-                    token = (cdf < uniform * cdf[:, -1:]).sum(-1).clamp(max=cdf.shape[-1] - 1)
+                logits = model(input_ids=ids, attention_mask=mask, position_ids=length - 1, past_key_values=cache).logits[:, -1]    # [B, V]
+                uniform = np.array([[noise[i][min(len(answers[i]), max_new_tokens - 1)]] for i in rows]).clip(1e-8)     # a 0 takes token 0
+                token = draw(logits, temperature, torch.from_numpy(uniform).to(model.device))                           # [B]
                 for i, t in zip(rows, token.tolist()):
-                    if not ended[i]:
+                    if not ended[i]:                        # rows that ended stay until enough of them can leave
                         answers[i].append(t)
                         ended[i] = t in ends or len(answers[i]) == max_new_tokens
                 alive = [j for j, i in enumerate(rows) if not ended[i]]
@@ -544,7 +560,7 @@ def sample(model, prefixes, seeds, max_new_tokens, temperature=1.0, batch_rows=3
                         progress.update(len(rows) - len(alive))
                     rows = [rows[j] for j in alive]
                     if rows:
-                        keep(cache, alive, max(len(prefixes[i]) + len(answers[i]) for i in rows) - 1)
+                        pick(cache, alive, max(len(prefixes[i]) + len(answers[i]) for i in rows) - 1)
             if rows:
                 waiting.append((rows, cache))
     model.train(was_training)

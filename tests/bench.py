@@ -105,10 +105,10 @@ def qwen3(vocabulary, hidden=128, layers=6, heads=4, kv_heads=2, head_dim=32, in
     """Random weights in Qwen3's architecture; by default the shape of data/base. No token ends an answer."""
     config = transformers.Qwen3Config(vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
                                       num_key_value_heads=kv_heads, head_dim=head_dim, intermediate_size=intermediate,
-                                      max_position_embeddings=65536, tie_word_embeddings=True, dtype=dtype)
+                                      max_position_embeddings=65536, tie_word_embeddings=True)
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        model = transformers.Qwen3ForCausalLM(config).eval()
+        model = transformers.Qwen3ForCausalLM(config).to(dtype).eval()
     model.generation_config.eos_token_id = [vocabulary]
     return model
 
@@ -127,13 +127,13 @@ def sampling(repeats):
             T = max(map(len, part))
             ids = torch.tensor([[0] * (T - len(p)) + p for p in part], device=DEVICE)
             mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in part], device=DEVICE)
-            out = model.generate(ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=L_MAX,
-                                 pad_token_id=tokenizer.pad_token_id)[:, T:].tolist()
+            with common.autocast(DEVICE)[0]():
+                out = model.generate(ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=L_MAX,
+                                     pad_token_id=tokenizer.pad_token_id)[:, T:].tolist()
             ends = [next((j for j, t in enumerate(y) if t in common.end_ids(model)), L_MAX - 1) for y in out]
             answers += [y[:end + 1] for y, end in zip(out, ends)]
         return answers
-    few = prompts[:256]
-    best = min((32, 64, 128, 256), key=lambda rows: measured(lambda: generate(few, rows))[0])
+    best = min((64, 128, 256, 512), key=lambda rows: measured(lambda: generate(prompts, rows))[0])
     table = in_turns(repeats, ours=lambda: common.sample(model, prompts, range(len(prompts)), L_MAX),
                      generate=lambda: generate(prompts, best))
     lengths = {name: [len(y) for y in row["result"]] for name, row in table.items()}
@@ -153,8 +153,8 @@ def kl(repeats):
         def run(backward):
             def one():
                 h = hidden.clone().requires_grad_()
-                head.zero_grad()
                 total = backward(h)
+                head.zero_grad()    # or the next one would find the head's gradient there already
                 return float(total), h.grad.norm().item()
             return one
 
@@ -176,7 +176,7 @@ def kl(repeats):
             contestants["TRL"] = run(trl)
         if DEVICE.type == "cuda" and installed("liger_kernel"):
             from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-            liger_loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=False)
+            liger_loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0)
 
             def liger(h):
                 loss = liger_loss(h, head.weight, other, teacher_head.weight, torch.zeros(N, dtype=torch.long, device=DEVICE))
@@ -214,7 +214,7 @@ def steps_of_ours(n, size):
 
 
 def steps_of_trl(n, size, rows, tokenizer, attempts):
-    """The same with TRL: its teacher reads an earlier attempt as feedback, for each answer, so that its sequences are as long as ours."""
+    """The same with TRL. Its teacher reads an attempt and our P_r as feedback on each answer: sequences as long as ours."""
     from datasets import Dataset
     from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
     problems = common.load_problems(ROOT / "data", "train", size * n)
@@ -235,7 +235,8 @@ def steps_of_trl(n, size, rows, tokenizer, attempts):
         config = SDPOConfig(output_dir=out, per_device_train_batch_size=rows, gradient_accumulation_steps=size // rows, max_steps=n,
                             num_generations=1, scale_rewards="none", max_completion_length=L_MAX, temperature=1.0, learning_rate=1e-4,
                             distillation_mode="full_logits", distillation_alpha=1.0, distillation_is_clip=None, teacher_model_kind="base",
-                            use_successful_as_teacher=False, include_environment_feedback=True, bf16=DEVICE.type == "cuda",
+                            use_successful_as_teacher=False, include_environment_feedback=True, reprompt_template="{prompt}{feedback}",
+                            feedback_template="\n\n{feedback_raw}" + common.delimiter(0), bf16=DEVICE.type == "cuda",
                             gradient_checkpointing=False, use_cpu=DEVICE.type == "cpu", report_to="none", save_strategy="no",
                             disable_tqdm=True, logging_steps=10**6)
         model = common.load_model(BASE, tokenizer, DEVICE)
@@ -255,7 +256,7 @@ def quiet():
 
 
 def stages(repeats):
-    """The README's command with no flag, its functions timed from outside."""
+    """The README's command with no flag, but in one process, its functions timed from outside."""
     spent, seconds = dict.fromkeys(("sampling", "verifying", "teacher", "student"), 0.0), {}
 
     def timed(f, name):
@@ -287,7 +288,7 @@ def stages(repeats):
 
 
 def scaling(repeats):
-    """Sampling, and teacher + student + KL of one step, against answer length, batch and vocabulary."""
+    """Sampling, and teacher, student and KL of one step, against answer length, batch and vocabulary."""
     stage, rows = load("04_self_distill.py"), []
 
     def case(L, B, V):
@@ -295,12 +296,13 @@ def scaling(repeats):
         rng = np.random.default_rng(0)
         prompts, answers = ([rng.integers(0, V, n).tolist() for _ in range(B)] for n in (32, L))
 
-        def train():
-            for part in common.micro_batches(list(range(B)), lambda i: 2 * L + 48, 2048):
-                y = [answers[i] for i in part]
-                with torch.no_grad():
-                    hidden_t = common.completion_hidden(teacher, [prompts[i] + answers[i] + prompts[i][:16] for i in part], y)
-                hidden = common.completion_hidden(model, [prompts[i] for i in part], y)
+        def train():  # as 04 has it: the teacher of the whole step first
+            parts, y = common.micro_batches(list(range(B)), lambda i: 2 * L + 48, 2048), lambda part: [answers[i] for i in part]
+            with torch.no_grad():
+                of_teacher = [common.completion_hidden(teacher, [prompts[i] + answers[i] + prompts[i][:16] for i in part], y(part))
+                              for part in parts]
+            for part, hidden_t in zip(parts, of_teacher):
+                hidden = common.completion_hidden(model, [prompts[i] for i in part], y(part))
                 stage.kl_backward(hidden, model.get_output_embeddings(), hidden_t, teacher.get_output_embeddings(), "reverse", B * L)
         table = in_turns(repeats, sampling=lambda: len(common.sample(model, prompts, range(B), L)), training=train)
         return {"part": "scaling", "L": L, "B": B, "V": V,
@@ -322,20 +324,22 @@ def large(repeats, shape=QWEN3_4B, square=8192, lengths=(1024, 4096, 8192, 16384
         return []
     stage, rng, rows = load("04_self_distill.py"), np.random.default_rng(0), []
     context, dtype = common.autocast(DEVICE)
-    median = lambda f: statistics.median(measured(f)[0] for _ in range(9))
-    x = torch.empty(square**2, device=DEVICE)
-    bandwidth = 2 * 4 * square**2 / median(lambda: x.clone())                               # bytes a second, read and written
-    x = x.view(square, square).to(dtype)
-    limit = 2 * square**3 / median(lambda: x @ x)                                           # floating-point operations a second
-    del x
+    warm = lambda f: (f(), measured(lambda: [f() for _ in range(20)])[0] / 20)[1]           # seconds a call
+    x, y = torch.randn(2, square, square, device=DEVICE)
+    bandwidth = 2 * 4 * square**2 / warm(lambda: y.copy_(x))                                # bytes a second, read and written
+    x, y = x.to(dtype), y.to(dtype)
+    limit = 2 * square**3 / warm(lambda: torch.mm(x, x, out=y))                             # floating-point operations a second
+    del x, y
+    held = lambda: torch.cuda.memory_allocated() if DEVICE.type == "cuda" else resident()
     student, teacher = qwen3(**shape), qwen3(**shape, dtype=dtype).requires_grad_(False)
     parameters, V, layers = sum(p.numel() for p in student.parameters()), shape["vocabulary"], shape["layers"]
     for B in (16, 64):
         prompts = [rng.integers(0, V, 512).tolist() for _ in range(B)]
-        seconds, peak, _ = measured(lambda: common.sample(student, prompts, range(B), 256))
+        there, (seconds, peak, _) = held(), measured(lambda: common.sample(student, prompts, range(B), 256))
         cache = B * (512 + 128) * 2 * layers * shape["kv_heads"] * shape["head_dim"]        # entries, at its middle length
         rows.append({"part": "large", "case": f"sampling, {B} rows, 256 tokens after 512", "tokens a second": 256 * B / seconds,
-                     "share of the bandwidth": 256 * dtype.itemsize * (parameters + cache) / seconds / bandwidth, "peak GB": peak / 1e9})
+                     "share of the bandwidth": 256 * dtype.itemsize * (parameters + cache) / seconds / bandwidth,
+                     "peak GB": (there + peak) / 1e9})
     student.activation_checkpointing_enable()
     student.train()
     optimizer, head = torch.optim.AdamW(student.parameters(), lr=1e-6, fused=True), teacher.get_output_embeddings()
@@ -354,11 +358,10 @@ def large(repeats, shape=QWEN3_4B, square=8192, lengths=(1024, 4096, 8192, 16384
             stage.kl_backward(hidden, student.get_output_embeddings(), hidden_t, head, "reverse", L, context)
             optimizer.step()
             optimizer.zero_grad()
-        case = {"part": "large", "case": f"a training step on one answer of {L} tokens"}
+        case = {"part": "large", "case": f"a training step on one answer of {L} tokens, the teacher brought and sent back"}
         try:
             train()     # makes Adam's state
-            held = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else resident()
-            seconds, peak, _ = measured(train)
+            there, (seconds, peak, _) = held(), measured(train)
         except torch.OutOfMemoryError:
             rows.append({**case, "fits": "no"})
             break
@@ -366,7 +369,7 @@ def large(repeats, shape=QWEN3_4B, square=8192, lengths=(1024, 4096, 8192, 16384
         student_flops = 6 * parameters * n + 12 * layers * width * n**2 / 2                 # forward and backward, without recomputation
         teacher_flops = 2 * parameters * (n + L + 16) + 4 * layers * width * (n + L + 16)**2 / 2
         rows.append({**case, "seconds": seconds, "tokens a second": L / seconds, "MFU": (student_flops + teacher_flops) / seconds / limit,
-                     "peak GB": (held + peak) / 1e9})
+                     "peak GB": (there + peak) / 1e9})
     return rows + [{"part": "large", "case": "limits, measured", "copy GB/s": bandwidth / 1e9, "matmul TFLOP/s": limit / 1e12}]
 
 
@@ -405,8 +408,8 @@ def markdown(rows, machine):
         if row["part"] == "stages":
             each = ", ".join(f"{k} {s:.0f} s" for k, s in row["stage_seconds"].items())
             share = ", ".join(f"{k} {v:.0%}" for k, v in row["share"].items())
-            lines += ["", f"The five stages end to end, no flags: {row['minutes']:.1f} minutes ({each}). The time goes into: {share} "
-                      "(loading, tokenising, files, the optimiser's steps, figures)."]
+            lines += ["", f"The five stages end to end, no flags, in one process: {row['minutes']:.1f} minutes ({each}). "
+                      f"The time goes into: {share} (loading, tokenising, files, the optimiser's steps, figures)."]
         elif row["part"] == "large":
             values = [f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if k not in ("part", "case")]
             lines += ["", f"{row['case']}: {', '.join(values)}"]

@@ -43,7 +43,7 @@ def test_sampling_with_a_growing_cache_computes_each_equal_prefix_once(model, to
     monkeypatch.setattr(model.base_model, "forward", lambda *a, **k: seen.append(k["input_ids"].shape) or real(*a, **k))
     prompts, _ = prompts_of(tokenizer, problems, 2)
     sample(model, [prompts[0]] * 5 + [prompts[1]] * 3, range(8), 4)
-    assert seen[0] == (2, max(map(len, prompts)) - 1) and all(shape == (8, 1) for shape in seen[1:2])
+    assert seen[:2] == [(2, max(map(len, prompts)) - 1), (8, 1)]
 
 
 def test_micro_batches_hold_every_row_once_and_keep_the_budget():
@@ -66,10 +66,12 @@ def test_sample_ends_at_the_end_token_or_at_the_limit(model, tokenizer, problems
 
 
 def test_sample_greedy_is_generates_greedy(model, tokenizer, problems):
+    model.generation_config.eos_token_id = [10**6]    # which does not come: so long that the cache must grow several times
     prompts, seeds = prompts_of(tokenizer, problems, 6)
-    for p, y in zip(prompts, sample(model, prompts, seeds, 60, temperature=0)):
-        expected = model.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)), do_sample=False, max_new_tokens=60)[0, len(p):]
-        assert y == expected.tolist()
+    prompts[2] = prompts[2][-1:]                    # a prefix of one token
+    for p, y in zip(prompts, sample(model, prompts, seeds, 150, temperature=0, batch_rows=4)):
+        expected = model.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)), do_sample=False, max_new_tokens=150)[0, len(p):]
+        assert y == expected.tolist() and len(y) == 150
 
 
 def test_sample_follows_the_models_distribution(model, tokenizer, problems):

@@ -1,6 +1,7 @@
 """The two losses and the alignment under them: hand-computed values and properties, each named after the bug it guards against."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ def test_first_copy_has_no_end_token_and_sft_prefix_is_the_teachers(stages, toke
     assert attempt == y[:-1] + delimiter and tokenizer.eos_token_id not in attempt
 
 
-def test_srt_loss_is_the_sum_of_two_token_means(stages, model, tokenizer, problems):
+def test_srt_loss_is_the_sum_of_two_token_means_and_so_is_its_gradient(stages, model, tokenizer, problems, monkeypatch):
     rows = [{**x, "response_ids": y, "reward": i % 2, "revised_ids": y[::-1]} for i, (x, _, y) in enumerate(zip(*ragged(tokenizer, problems)))]
     batch = [stages[3].sequence(r, tokenizer, common.P_R) for r in rows]
 
@@ -111,12 +112,26 @@ def test_srt_loss_is_the_sum_of_two_token_means(stages, model, tokenizer, proble
     l_revision, n_revision = token_mean([(x + a, r) for x, a, r in batch])       # -log π(y_revised | x, y_init, P_r)
     l_generation, n_generation = token_mean([(x, a + r) for x, a, r in batch])   # -log π([y_init, P_r, y_revised] | x)
     for objective, naive in (("revision", l_revision), ("generation", l_generation), ("srt", l_revision + l_generation)):
-        backward = lambda part: stages[3].srt_backward(model, part, objective, n_revision, n_generation)
+        backward = lambda part, **how: stages[3].srt_backward(model, part, objective, n_revision, n_generation, **how)
         model.zero_grad()
         assert backward(batch) == pytest.approx(naive, rel=1e-4)
         whole = flat_gradient(model)
         assert sum(backward([b]) for b in batch) == pytest.approx(naive, rel=1e-4)   # four micro-batches of one are one of four
         assert torch.allclose(flat_gradient(model), 2 * whole, atol=1e-4 * whole.abs().max())
+        model.zero_grad()
+        assert backward(batch, scale=lambda part: 8 * part) == pytest.approx(naive, rel=1e-4)   # as GradScaler does it
+        assert torch.allclose(flat_gradient(model), 8 * whole, atol=1e-4 * whole.abs().max())
+    model.zero_grad()
+    prompts, attempts, revised = zip(*batch)
+    logps = completion_logits(model, prompts, [a + r for a, r in zip(attempts, revised)]).log_softmax(-1)
+    nll = -logps.gather(1, torch.tensor(sum((a + r for a, r in zip(attempts, revised)), []))[:, None])[:, 0]
+    of_revised = torch.tensor(sum(([0.] * len(a) + [1.] * len(r) for a, r in zip(attempts, revised)), []))
+    ((nll * of_revised).sum() / n_revision + nll.sum() / n_generation).backward()
+    naive = flat_gradient(model)
+    monkeypatch.setattr(stages[3], "backward_through_head", partial(common.backward_through_head, chunk=3))
+    model.zero_grad()
+    stages[3].srt_backward(model, batch, "srt", n_revision, n_generation)
+    assert torch.allclose(flat_gradient(model), naive, atol=1e-4 * naive.abs().max())
 
 
 def flat_gradient(model):

@@ -419,7 +419,7 @@ def markdown(rows, machine):
 def plot(rows, path):
     from matplotlib import pyplot as plt
     figure, axes = plt.subplots(2, 3, figsize=(9, 5), layout="constrained", sharey="row")
-    plain = lambda v, _: f"{v:g}" if v < 1000 else f"{v / 1000:g}K"
+    plain = lambda v, _: f"{v:g}" if v < 10000 else f"{v / 1000:.0f}K"
     titles = {"L": "tokens an answer (8 answers, V = 400)", "B": "answers (256 tokens, V = 400)", "V": "vocabulary (8 answers, 256 tokens)"}
     for column, (axis, title) in enumerate(titles.items()):
         cases = [r for r in rows if r.get("axis") == axis]

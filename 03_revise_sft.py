@@ -10,6 +10,7 @@ kept}; `kept` is "yes" or the reason why not. Answers that were cut get no revis
 Then → srt/, the model θ_SRT, and srt.jsonl, a row an optimiser step.
 A wrong y_init stays in the context: it is information, not noise. The first copy of y carries no end token. Unlike the official code:
 one summed loss instead of two stages of SFT, and revisions of right answers are used too.
+--objective rft is the baseline RFT (rejection-sampling fine-tuning): no revisions, L = mean over tokens of -log π_θ(y | x), y right.
 
     python 03_revise_sft.py
     python 03_revise_sft.py --objective generation --srt runs/demo/generation_only    # the same revisions, half of the loss
@@ -84,7 +85,7 @@ def srt_backward(model, batch, objective, n_revision, n_generation, context=null
     """
     prompts, attempts, revised = zip(*batch)
     completions = [a + r for a, r in zip(attempts, revised)]
-    revision, generation = {"srt": (1, 1), "revision": (1, 0), "generation": (0, 1)}[objective]
+    revision, generation = {"srt": (1, 1), "revision": (1, 0), "generation": (0, 1), "rft": (0, 1)}[objective]
     of_attempt, of_revised = generation / n_generation, generation / n_generation + revision / n_revision   # weights of a token's -log π
     weights = [w for a, r in zip(attempts, revised) for w in [of_attempt] * len(a) + [of_revised] * len(r)]
     tokens, weights = torch.tensor(sum(completions, []), device=model.device), torch.tensor(weights, device=model.device)   # [N], [N]
@@ -106,7 +107,9 @@ def main(argv=None):
     g.add_argument("--batch-rows", default=384, type=at_least(1), help="answers sampled at once (default: 384): memory, not results")
     g = p.add_argument_group("training")
     g.add_argument("--srt", default=None, help="model folder to write (default: OUT/srt)")
-    g.add_argument("--objective", default="srt", choices=["srt", "revision", "generation"], help="srt is the sum of the other two")
+    g.add_argument("--objective", default="srt", choices=["srt", "revision", "generation", "rft"],
+                   help="srt is revision + generation; rft: no revisions, right answers only (default: srt)")
+    g.add_argument("--unfiltered", action="store_true", help="train on wrong revisions too")
     g.add_argument("--epochs", default=3, type=at_least(1), help="(default: 3) [paper: 3]")
     g.add_argument("--lr", default=2e-4, type=at_least(0.0), help="peak; cosine with 5%% warm-up (default: 2e-4) [paper: 5e-6]")
     g.add_argument("--batch-size", default=32, type=at_least(1), help="tuples a step (default: 32)")
@@ -118,7 +121,7 @@ def main(argv=None):
     srt = Path(args.srt or args.out / "srt")
     log = srt.with_name(srt.name + ".jsonl")
 
-    # ---- collect revisions from the base
+    # ---- answers to revise
     rows = read_jsonl(source, ("id", "sample", "problem", "answer", "response_ids", "finished", "reward"), "python 02_verify.py")
     rows = rows[:args.limit]
     tokenizer, began, device = load_tokenizer(args.model), time.time(), pick_device(args.device)
@@ -126,32 +129,39 @@ def main(argv=None):
         die(f"{source} holds token ids that {args.model} does not have: it was made with another model")
     if log == path:
         die(f"--srt {srt} would write its log over {path}; name another folder")
-    done, complete = claim(path, args, {"verified": source, "model": args.model},
-                           ("limit", "seed", "p_r_right", "p_r_wrong", "revisions_wrong", "revisions_right", "max_new_tokens",
-                            "temperature"),
-                           ("id", "sample", "revision", "revised_ids", "revised_finished", "kept"))
-    model = load_model(args.model, tokenizer, device)
-    cut = sum(not r["finished"] for r in rows)
-    rows = collect(path, rows, done, model, tokenizer, args)
-    counts = Counter(r["kept"] for r in rows)
-    kept = [r for r in rows if r["kept"] == "yes"]
-    if not complete:
-        finish(path, began, device, answers_cut=cut, **counts)
-    print(f"{path}: {len(kept)} of {len(rows)} kept, {sum(r['reward'] == 0 for r in kept)} of them after a wrong answer; {dict(counts)}; "
-          f"{cut} answers were cut and not revised")
+
+    # ---- collect revisions from the base
+    if args.objective == "rft":
+        path, model = source, load_model(args.model, tokenizer, device)
+        kept = list({(r["id"], tuple(r["response_ids"])): r for r in rows if r["reward"] and r["finished"]}.values())
+        examples = [(prompt_ids(tokenizer, r["problem"]), [], r["response_ids"]) for r in kept]
+    else:
+        done, complete = claim(path, args, {"verified": source, "model": args.model},
+                               ("limit", "seed", "p_r_right", "p_r_wrong", "revisions_wrong", "revisions_right", "max_new_tokens",
+                                "temperature"),
+                               ("id", "sample", "revision", "revised_ids", "revised_finished", "kept"))
+        model = load_model(args.model, tokenizer, device)
+        cut = sum(not r["finished"] for r in rows)
+        rows = collect(path, rows, done, model, tokenizer, args)
+        counts = Counter(r["kept"] for r in rows)
+        kept = [r for r in rows if r["kept"] == "yes" or args.unfiltered and r["kept"] not in ("duplicate", "revision cut")]
+        if not complete:
+            finish(path, began, device, answers_cut=cut, **counts)
+        print(f"{path}: {len(kept)} of {len(rows)} kept, {sum(r['reward'] == 0 for r in kept)} of them after a wrong answer; "
+              f"{dict(counts)}; {cut} answers were cut and not revised")
+        examples = [sequence(r, tokenizer, {1: args.p_r_right, 0: args.p_r_wrong}) for r in kept]
     if not kept:
-        die(f"{path}: no revision was verified correct, so there is nothing to train on: more problems, or a stronger base")
+        die(f"{path}: nothing was verified correct, so there is nothing to train on: more problems, or a stronger base")
 
     # ---- train on L_SRT
     _, complete = claim(srt, args, {"revisions": path, "model": args.model},
-                        ("seed", "p_r_right", "p_r_wrong", "objective", "epochs", "lr", "batch_size"))
+                        ("limit", "seed", "p_r_right", "p_r_wrong", "objective", "unfiltered", "epochs", "lr", "batch_size"))
     if complete:
         return print(f"{srt} is there already")
     began, (context, dtype) = time.time(), autocast(device)
     log.unlink(missing_ok=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=1e-4, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    examples = [sequence(r, tokenizer, {1: args.p_r_right, 0: args.p_r_wrong}) for r in kept]
     rng, batches = random.Random(args.seed), []
     for _ in range(args.epochs):
         order = rng.sample(examples, len(examples))

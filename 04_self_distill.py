@@ -12,6 +12,9 @@ The teacher has read the whole answer and whether it was right; the student has 
 answer becomes a distribution at every token. The gradient goes through the student only, and not through sampling. The teacher is frozen
 at θ_SRT; each further round starts with teacher := student.
 srt/ + problems that phase 1 did not use → sd_zero/, and distill.jsonl, a row an optimiser step.
+Baselines in the same loop: --objective sdft, whose teacher has read a right answer instead of y and its reward; --objective grpo, with no
+teacher: L = -Σ_t A log π_θ(y_t | x, y_<t), A = (r - mean) / standard deviation of the --n answers to x (on-policy, so no clipping; no KL
+to the start; token mean over the step).
 
     python 04_self_distill.py
     python 04_self_distill.py --srt data/base --out runs/no_srt --verified runs/demo/verified.jsonl   # phase 2 without phase 1
@@ -23,6 +26,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import (append_jsonl, arguments, at_least, autocast, backward_through_head, claim, completion_hidden, die, end_ids, finish,
@@ -30,11 +34,15 @@ from common import (append_jsonl, arguments, at_least, autocast, backward_throug
                     revision_ids, row_seed, sample, save_model, verify)
 
 
-def token_kl(student_logits, teacher_logits, kind="reverse"):
+def token_kl(student_logits, teacher_logits, kind="reverse", top_k=None):
     """KL at each position, summed over the vocabulary: [..., V], [..., V] → [...], in float32 (or wider), at temperature 1.
 
     reverse is KL(student‖teacher), the paper's; forward is KL(teacher‖student); mixed is half of each.
+    top_k, as in the official code: of both only the teacher's k likeliest tokens, renormalised; what the student has elsewhere is not seen.
     """
+    if top_k:
+        likeliest = teacher_logits.topk(top_k).indices
+        student_logits, teacher_logits = student_logits.gather(-1, likeliest), teacher_logits.gather(-1, likeliest)
     wide = torch.promote_types(student_logits.dtype, torch.float32)
     log_s = student_logits.to(wide).log_softmax(-1)
     log_t = teacher_logits.to(wide).log_softmax(-1)
@@ -46,7 +54,7 @@ def token_kl(student_logits, teacher_logits, kind="reverse"):
 
 
 def kl_backward(student_hidden, student_head, teacher_hidden, teacher_head, kind, tokens, context=nullcontext, scale=lambda part: part,
-                chunk=None):
+                chunk=None, top_k=None):
     """Backward of Σ KL / tokens through the student's head and hidden states; returns the KL at each position: [N, H], [N, H] → [N].
 
     Of both sides only a chunk of positions has logits at a time: they take chunk · V entries, not N · V.
@@ -56,12 +64,24 @@ def kl_backward(student_hidden, student_head, teacher_hidden, teacher_head, kind
     def loss_of(student_logits, at):
         with torch.no_grad(), context():
             teacher_logits = teacher_head(teacher_hidden[at].to(student_logits.device))
-        kl = token_kl(student_logits, teacher_logits, kind)
+        kl = token_kl(student_logits, teacher_logits, kind, top_k)
         token_kls.append(kl.detach())
         return kl.sum() / tokens
 
     backward_through_head(student_hidden, student_head, loss_of, context, scale, chunk)
     return torch.cat(token_kls)
+
+
+def grpo_backward(hidden, head, y, advantages, tokens, context=nullcontext, scale=lambda part: part):
+    """Backward of -Σ A log π(y) / tokens: hidden states [N, H], tokens y [N], each with its answer's advantage [N]. Returns this loss."""
+    loss_of = lambda logits, at: (F.cross_entropy(logits.float(), y[at], reduction="none") * advantages[at]).sum() / tokens
+    return backward_through_head(hidden, head, loss_of, context, scale)
+
+
+def advantages_of(rewards, n):
+    """(r - mean) / (standard deviation + 1e-4) among each n answers to the same problem; 0 where all are right or all are wrong."""
+    groups = torch.tensor(rewards, dtype=torch.float32).view(-1, n)                                             # [problems, n]
+    return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).flatten().tolist()
 
 
 def batches_of(problems, steps, size, seed):
@@ -76,7 +96,8 @@ def batches_of(problems, steps, size, seed):
 
 def show(row, tokenizer):
     """A whole sample, each token followed by its KL where that is at least 0.1 nats."""
-    text = "".join(tokenizer.decode([t]) + (f"⟨{k:.1f}⟩" if k >= 0.1 else "") for t, k in zip(row["response_ids"], row["kl"]))
+    kl = row["kl"] or [0.0] * len(row["response_ids"])      # GRPO has none
+    text = "".join(tokenizer.decode([t]) + (f"⟨{k:.1f}⟩" if k >= 0.1 else "") for t, k in zip(row["response_ids"], kl))
     tqdm.write(f"\n── {row['problem']}  [a = {row['answer']}, r = {row['reward']}, KL {sum(row['kl']):.2f}]\n{text}\n")
 
 
@@ -89,15 +110,18 @@ def main(argv=None):
     g.add_argument("--sd-zero", default=None, help="model folder to write (default: OUT/sd_zero)")
     g.add_argument("--distill", default=None, help="file of metrics to write (default: OUT/distill.jsonl)")
     g = p.add_argument_group("distillation")
+    g.add_argument("--objective", default="sd-zero", choices=["sd-zero", "sdft", "grpo"], help="see above (default: sd-zero)")
+    g.add_argument("--n", default=1, type=at_least(1), help="answers a problem; grpo needs at least 2 (default: 1)")
     g.add_argument("--steps", default=50, type=at_least(1), help="optimiser steps a round (default: 50)")
     g.add_argument("--rounds", default=1, type=at_least(1), help="rounds; after each, teacher := student (default: 1)")
-    g.add_argument("--batch-size", default=64, type=at_least(1), help="problems a step, one answer each (default: 64) [paper: 128]")
+    g.add_argument("--batch-size", default=64, type=at_least(1), help="answers a step (default: 64) [paper: 128]")
     g.add_argument("--micro-tokens", default=2048, type=at_least(1),
                    help="at most so many in a forward pass, padding too (default: 2048): memory, not results")
     g.add_argument("--gradient-checkpointing", action="store_true", help="less memory, one more forward pass of the student")
     g.add_argument("--offload-teacher", action="store_true", help="the teacher waits in the CPU's memory while the student works")
     g.add_argument("--kl", default="reverse", choices=["reverse", "forward", "mixed"],
                    help="reverse is KL(student‖teacher), forward the other, mixed half of each (default: reverse) [official code: mixed]")
+    g.add_argument("--top-k", default=None, type=at_least(1), help="KL over the teacher's so many likeliest tokens [official code: 64]")
     g.add_argument("--lr", default=1e-4, type=at_least(0.0), help="constant after warm-up (default: 1e-4) [paper: 5e-6]")
     g.add_argument("--warm-up", default=5, type=at_least(1), help="steps of linear warm-up (default: 5) [paper: 20]")
     g.add_argument("--max-new-tokens", default=320, type=at_least(1), help="(default: 320) [paper: 8192]")
@@ -109,18 +133,26 @@ def main(argv=None):
     folder, log = Path(args.sd_zero or args.out / "sd_zero"), Path(args.distill or args.out / "distill.jsonl")
     p_r = {1: args.p_r_right, 0: args.p_r_wrong}
 
-    # ---- other problems than phase 1's
-    used = {r[k] for r in read_jsonl(verified, ("id", "problem"), "python 02_verify.py") for k in ("id", "problem")}
-    problems = [x for x in load_problems(args.data, args.split) if not {x["id"], x["problem"]} & used][:args.limit]
-    if len(problems) < args.batch_size:
-        die(f"{problem_file(args.data, args.split)}: phase 1 left {len(problems)} of its problems, fewer than --batch-size "
-            f"{args.batch_size}; give 01_generate.py a smaller --limit")
+    if args.batch_size % args.n or args.objective == "grpo" and args.n == 1:
+        die(f"--batch-size {args.batch_size} must be a multiple of --n {args.n}, and --objective grpo needs --n 2 or more")
+
+    # ---- other problems than phase 1's; for SDFT those that it answered rightly
+    problems, used, solution = load_problems(args.data, args.split), set(), {}
+    if args.objective != "grpo" or Path(verified).exists():
+        answered = read_jsonl(verified, ("id", "problem", "response_ids", "reward"), "python 02_verify.py")
+        used = {r[k] for r in answered for k in ("id", "problem")}
+        solution = {r["id"]: r["response_ids"] for r in answered if r["reward"]}
+    usable = lambda x: x["id"] in solution if args.objective == "sdft" else not {x["id"], x["problem"]} & used
+    problems = [x for x in problems if usable(x)][:args.limit]
+    if len(problems) < args.batch_size // args.n:
+        die(f"{problem_file(args.data, args.split)}: phase 1 left {len(problems)} problems that this stage can use, and a step needs "
+            f"{args.batch_size // args.n}; give 01_generate.py another --limit")
     if not Path(srt).exists() and args.srt is None:
         die(f"{srt} does not exist; run first: python 03_revise_sft.py")
     tokenizer, began, device = load_tokenizer(srt), time.time(), pick_device(args.device)
     inputs = {"srt": srt, "data": problem_file(args.data, args.split), "verified": verified}
-    settings = ("split", "limit", "seed", "p_r_right", "p_r_wrong", "steps", "rounds", "batch_size", "kl", "lr", "warm_up",
-                "max_new_tokens", "temperature")
+    settings = ("split", "limit", "seed", "p_r_right", "p_r_wrong", "objective", "n", "steps", "rounds", "batch_size", "kl", "top_k", "lr",
+                "warm_up", "max_new_tokens", "temperature")
     claim(log, args, inputs, settings, ("step",))
     if claim(folder, args, inputs, settings)[1]:
         return print(f"{folder} is there already")
@@ -128,38 +160,46 @@ def main(argv=None):
 
     # ---- student and teacher start from the same weights and share none
     context, dtype = autocast(device)
-    student, teacher = load_model(srt, tokenizer, device), load_model(srt, tokenizer, device, dtype)
-    teacher.requires_grad_(False)
-    head, teacher_head = student.get_output_embeddings(), teacher.get_output_embeddings()
+    student = load_model(srt, tokenizer, device)
+    teacher = load_model(srt, tokenizer, device, dtype).requires_grad_(False) if args.objective != "grpo" else None
+    head, teacher_head = student.get_output_embeddings(), teacher and teacher.get_output_embeddings()
     resting_place = torch.device("cpu") if args.offload_teacher else device
     if args.gradient_checkpointing:
         student.activation_checkpointing_enable()
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     steps = args.steps * args.rounds
-    progress = tqdm(batches_of(problems, steps, args.batch_size, args.seed), total=steps, desc="distill", unit="step")
+    progress = tqdm(batches_of(problems, steps, args.batch_size // args.n, args.seed), total=steps, desc="distill", unit="step")
     for step, batch in enumerate(progress):
-        if step and step % args.steps == 0:
+        if teacher and step and step % args.steps == 0:
             teacher.load_state_dict(student.state_dict())
 
         # ---- sample on-policy, verify
+        batch = [x for x in batch for _ in range(args.n)]
         prompts = [prompt_ids(tokenizer, x["problem"]) for x in batch]
-        seeds = [row_seed(args.seed, "distill", x["id"], step) for x in batch]
+        seeds = [row_seed(args.seed, "distill", x["id"], step, *([i % args.n] if args.n > 1 else [])) for i, x in enumerate(batch)]
         answers = sample(student, prompts, seeds, args.max_new_tokens, args.temperature, args.batch_rows)
         rows = []
         for x, generator, y in zip(batch, prompts, answers):
             reward, _, _ = verify(x, tokenizer.decode(y, skip_special_tokens=True))
-            reviser = revision_ids(tokenizer, x["problem"], y, reward, p_r)
-            rows.append({**x, "response_ids": y, "reward": reward, "generator": generator, "reviser": reviser})
+            seen, told = (solution[x["id"]], 1) if args.objective == "sdft" else (y, reward)
+            reviser = revision_ids(tokenizer, x["problem"], seen, told, p_r)
+            rows.append({**x, "response_ids": y, "reward": reward, "generator": generator, "reviser": reviser, "kl": []})
+        if args.objective == "grpo":
+            for row, advantage in zip(rows, advantages_of([r["reward"] for r in rows], args.n)):
+                row["advantage"] = advantage
         parts = micro_batches(rows, lambda r: len(r["reviser"]) + len(r["response_ids"]), args.micro_tokens)
 
         # ---- teacher: it reads x, y, P_r; hidden states where it predicts the second y
-        teacher.to(device)
-        with torch.no_grad(), context():
-            teacher_hidden = [completion_hidden(teacher, [r["reviser"] for r in part], [r["response_ids"] for r in part]).to(resting_place)
-                              for part in parts]                                                                # [N, H] each
-        teacher.to(resting_place)
-        teacher_head.to(device)
+        teacher_hidden = [None] * len(parts)
+        if teacher:
+            teacher.to(device)
+            with torch.no_grad(), context():
+                for i, part in enumerate(parts):
+                    hidden_t = completion_hidden(teacher, [r["reviser"] for r in part], [r["response_ids"] for r in part])      # [N, H]
+                    teacher_hidden[i] = hidden_t.to(resting_place)
+            teacher.to(resting_place)
+            teacher_head.to(device)
 
         # ---- student: it reads x; the KL of each token is summed over the whole step, and divided by its tokens
         student.train()
@@ -168,7 +208,11 @@ def main(argv=None):
             y = [r["response_ids"] for r in part]
             with context():
                 hidden = completion_hidden(student, [r["generator"] for r in part], y)                          # [N, H]
-            kl = kl_backward(hidden, head, hidden_t, teacher_head, args.kl, tokens, context, scaler.scale)      # [N]
+            if args.objective == "grpo":
+                advantages = torch.tensor([r["advantage"] for r in part for _ in r["response_ids"]], device=device)     # [N]
+                grpo_backward(hidden, head, torch.tensor(sum(y, []), device=device), advantages, tokens, context, scaler.scale)
+                continue
+            kl = kl_backward(hidden, head, hidden_t, teacher_head, args.kl, tokens, context, scaler.scale, top_k=args.top_k)    # [N]
             for row, of_row in zip(part, kl.split(list(map(len, y)))):
                 row["kl"] = of_row.tolist()
 
@@ -185,11 +229,11 @@ def main(argv=None):
         kl_by_r = {bit: [k for r in rows if r["reward"] == bit for k in r["kl"]] for bit in (0, 1)}
         metrics = {"round": step // args.steps, "step": step, "accuracy": mean([r["reward"] for r in rows]),
                    "kl": mean(kl_by_r[0] + kl_by_r[1]), "kl_r0": mean(kl_by_r[0]), "kl_r1": mean(kl_by_r[1]),
-                   "kl_first_token": mean([r["kl"][0] for r in rows]), "mean_tokens": tokens / len(rows),
+                   "kl_first_token": mean([k for r in rows for k in r["kl"][:1]]), "mean_tokens": tokens / len(rows),
                    "finished": mean([y[-1] in end_ids(student) for y in answers]), "gradient_norm": norm,
                    "lr": lr, "tokens": tokens, "seconds": time.time() - began}
         append_jsonl(log, [metrics])
-        progress.set_postfix(accuracy=f"{metrics['accuracy']:.0%}", kl=f"{metrics['kl']:.4f}", tokens=f"{metrics['mean_tokens']:.0f}")
+        progress.set_postfix(accuracy=f"{metrics['accuracy']:.0%}", kl=metrics["kl"], tokens=f"{metrics['mean_tokens']:.0f}")
         if step % args.show_every == 0:
             for bit in (0, 1):
                 if of_this_kind := sorted((r for r in rows if r["reward"] == bit), key=lambda r: len(r["response_ids"])):

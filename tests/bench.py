@@ -206,7 +206,7 @@ def steps_of_ours(n, size):
     """Seconds of each step but the first, as 04 logs them, and the peak of the whole run."""
     stage = load("04_self_distill.py")
     with tempfile.TemporaryDirectory() as out, quiet():
-        (Path(out) / "none.jsonl").write_text(json.dumps({"id": "none", "problem": "none"}) + "\n")
+        (Path(out) / "none.jsonl").write_text(json.dumps({"id": "none", "problem": "none", "response_ids": [1], "reward": 0}) + "\n")
         flags = ["--srt", BASE, "--verified", Path(out) / "none.jsonl", "--out", out]
         _, peak, _ = measured(lambda: stage.main([*map(str, flags), "--steps", str(n), "--batch-size", str(size), "--show-every", "999"]))
         at = [json.loads(line)["seconds"] for line in (Path(out) / "distill.jsonl").read_text().splitlines()]

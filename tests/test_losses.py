@@ -38,6 +38,30 @@ def test_kl_of_bf16_logits_is_computed_in_float32(stages):
     assert torch.equal(stages[4].token_kl(a, b), stages[4].token_kl(a.float(), b.float()))
 
 
+def test_top_k_of_all_tokens_is_the_full_kl_and_of_two_renormalises_both(stages):
+    full = stages[4].token_kl(S, T, "mixed")
+    assert torch.allclose(stages[4].token_kl(S, T, "mixed", top_k=4), full, atol=1e-6)
+    p, q = S[0, 0, [1, 0]].softmax(-1), T[0, 0, [1, 0]].softmax(-1)     # the teacher's two likeliest tokens at this place
+    assert stages[4].token_kl(S, T, top_k=2)[0, 0].item() == pytest.approx((p * (p / q).log()).sum().item(), abs=1e-6)
+
+
+def test_grpo_advantages_by_hand(stages):
+    a = stages[4].advantages_of([1, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0], 4)
+    assert a[:4] == pytest.approx([1.5, -.5, -.5, -.5], rel=1e-3) and a[4:] == [0.0] * 8    # standard deviation of 1, 0, 0, 0: 0.5
+
+
+def test_grpo_gradient_is_the_policy_gradient(stages, model, tokenizer, problems):
+    _, prompts, completions = ragged(tokenizer, problems)
+    advantages = torch.tensor([a for a, y in zip([1.5, -.5, 0., -1.], completions) for _ in y])
+    y = torch.tensor(sum(completions, []))
+    logps = completion_logits(model, prompts, completions).log_softmax(-1).gather(1, y[:, None])[:, 0]
+    (-(logps * advantages).sum() / 77).backward()
+    naive = flat_gradient(model)
+    model.zero_grad()
+    stages[4].grpo_backward(completion_hidden(model, prompts, completions), model.get_output_embeddings(), y, advantages, 77)
+    assert torch.allclose(flat_gradient(model), naive, atol=1e-4 * naive.abs().max()) and naive.norm() > 0
+
+
 def ragged(tokenizer, problems):
     """Four rows of different prompt and answer lengths: problems, prompts and completions."""
     rows = problems[:4]

@@ -124,6 +124,41 @@ def test_the_reviser_is_told_the_true_reward(stages, mini, tmp_path, monkeypatch
         assert p_r == common.P_R
 
 
+def test_sdft_teacher_has_read_a_right_answer_to_the_same_problem(stages, mini, tmp_path, monkeypatch):
+    asked, real = [], stages[4].revision_ids
+    monkeypatch.setattr(stages[4], "revision_ids", lambda *a: asked.append(a) or real(*a))
+    run_distill(stages, mini, tmp_path, "--objective", "sdft", "--srt", str(ROOT / "data/base"), "--batch-size", "4")
+    right = {r["problem"]: r["response_ids"] for r in rows_of(mini / "verified.jsonl") if r["reward"]}
+    assert len(asked) == 8 and all(right[problem] == ids and reward == 1 for _, problem, ids, reward, _ in asked)
+
+
+def test_grpo_samples_groups_and_loads_no_teacher(stages, mini, tmp_path, monkeypatch, capsys):
+    models, batches, real_load, real_sample = [], [], stages[4].load_model, stages[4].sample
+    monkeypatch.setattr(stages[4], "load_model", lambda *a: models.append(a) or real_load(*a))
+    monkeypatch.setattr(stages[4], "sample", lambda *a: batches.append(a[1:3]) or real_sample(*a))
+    stages[4].main([*MINI[4], "--objective", "grpo", "--n", "4", "--srt", str(ROOT / "data/base"), "--out", str(tmp_path)])
+    assert len(models) == 1 and len(batches) == 2
+    for prompts, seeds in batches:
+        assert [prompts.count(p) for p in prompts] == [4] * 8 and len(set(seeds)) == 8
+    assert "boxed" in capsys.readouterr().out     # the samples that it shows have text
+    log = rows_of(tmp_path / "distill.jsonl")
+    assert log[0]["kl"] is None and log[0]["gradient_norm"] > 0
+
+
+@pytest.mark.parametrize("flags, expected", [
+    (["--objective", "rft"], lambda verified, revisions: [r["response_ids"] for r in verified if r["reward"] and r["finished"]]),
+    (["--unfiltered"], lambda verified, revisions: [r["revised_ids"] for r in revisions if r["kept"] not in ("duplicate", "revision cut")])])
+def test_rft_and_unfiltered_srt_train_on_what_they_say(stages, mini, tmp_path, monkeypatch, flags, expected):
+    seen, real = [], stages[3].srt_backward
+    monkeypatch.setattr(stages[3], "srt_backward", lambda model, batch, *a: seen.extend(batch) or real(model, batch, *a))
+    for name in ("verified.jsonl", "verified.meta.json", "revisions.jsonl", "revisions.meta.json"):
+        shutil.copy(mini / name, tmp_path)
+    stages[3].main([*MINI[3], "--epochs", "1", *flags, "--out", str(tmp_path)])
+    verified, revisions = rows_of(tmp_path / "verified.jsonl"), rows_of(tmp_path / "revisions.jsonl")
+    assert sorted(r for _, _, r in seen) == sorted(expected(verified, revisions))
+    assert all(not attempt for _, attempt, _ in seen) == (flags[-1] == "rft")
+
+
 def test_srt_learning_rate_warms_up_and_decays(mini):
     lrs = [r["lr"] for r in rows_of(mini / "srt.jsonl")]
     assert len(lrs) >= 3 and lrs[0] == 2e-4 and lrs == sorted(lrs, reverse=True) and lrs[-1] < 1e-4

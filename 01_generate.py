@@ -7,7 +7,8 @@ problems → responses.jsonl: a row an answer, with the problem's fields and {sa
 Answers are written in order, four batches at a time; after an interruption the same command goes on where it stopped, to the same file.
 
     python 01_generate.py
-    python 01_generate.py --model Qwen/Qwen3-4B-Instruct-2507 --data open-r1/OpenR1-Math-220k --limit 10000 --max-new-tokens 16384
+    python 01_generate.py --model Qwen/Qwen3-4B-Instruct-2507 --data open-r1/OpenR1-Math-220k --limit 10000 \\
+        --max-new-tokens 8192 --batch-rows 16
 """
 
 import time

@@ -41,7 +41,7 @@ def token_kl(student_logits, teacher_logits, kind="reverse", top_k=None):
     top_k, as in the official code: of both only the teacher's k likeliest tokens, renormalised; what the student has elsewhere is not seen.
     """
     if top_k:
-        likeliest = teacher_logits.topk(top_k).indices
+        likeliest = teacher_logits.topk(min(top_k, teacher_logits.shape[-1])).indices
         student_logits, teacher_logits = student_logits.gather(-1, likeliest), teacher_logits.gather(-1, likeliest)
     wide = torch.promote_types(student_logits.dtype, torch.float32)
     log_s = student_logits.to(wide).log_softmax(-1)

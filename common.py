@@ -431,11 +431,10 @@ def micro_batches(rows, length, budget):
 def backward_through_head(hidden, head, loss_of, context=nullcontext, scale=lambda part: part, chunk=None):
     """Backward of a loss on head(hidden), a chunk of positions at a time: [chunk, V] logits exist at once, not [N, V]. Returns the loss.
 
-    context: for the head's forward (autocast); scale: of a part before its backward (GradScaler.scale).
-
     loss_of(logits [n, V], at) is the part of the loss that the positions `at`, a slice of the N, make up; the loss is the sum of the parts.
     Each part is taken back as far as the chunk's hidden states at once, and its logits are dropped; then the gradient of all hidden states
     [N, H] goes through the model in one pass. So nothing is computed twice, and the result is that of all chunks together.
+    context: of the head's forward (autocast); scale: applied to a part before its backward (GradScaler.scale), not to the loss returned.
     """
     chunk = chunk or max(1, 2**25 // head.weight.shape[0])  # 2^25 logits: 128 MB in float32
     loss, gradients = 0.0, []

@@ -448,19 +448,18 @@ def main(argv=None):
     p.add_argument("--repeats", type=int, default=3, help="turns (default: 3)")
     p.add_argument("--check", action="store_true", help="only compare README.md with data/bench.json")
     args = p.parse_args(argv)
-    path, readme = ROOT / "data/bench.json", (ROOT / "README.md").read_text()
-    results = json.loads(path.read_text()) if path.exists() else {}
+    path, rows = ROOT / "data/bench.json", []
+    read = lambda: json.loads(path.read_text()) if path.exists() else {}
     if not args.check:
-        rows = []
         for name in args.parts or names:
             rows += globals()[name](args.repeats)
             print(json.dumps(rows[-1], indent=1), flush=True)
         if args.parts:
             return print(markdown(rows, machine()))
-        results[machine()] = rows       # one entry a machine
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        common.write_json(path, {**read(), machine(): rows})    # one entry a machine
         if DEVICE.type == "cpu":
             plot(rows, ROOT / "data/scaling.png")
+    results, readme = read(), (ROOT / "README.md").read_text()  # only now: either may have been edited during the half hour
     head, rest = readme.split("<!-- bench -->\n")
     new = head + "<!-- bench -->\n" + "\n\n".join(markdown(rows, name) for name, rows in results.items()) + "\n<!-- /bench -->" \
         + rest.split("<!-- /bench -->")[1]

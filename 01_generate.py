@@ -15,8 +15,8 @@ import time
 
 from tqdm import tqdm
 
-from common import (append_jsonl, arguments, at_least, claim, die, end_ids, finish, load_model, load_problems, load_tokenizer, pick_device,
-                    problem_file, prompt_ids, row_seed, sample)
+from common import (append_jsonl, arguments, at_least, claim, die, end_ids, finish, load_model, load_problems, load_tokenizer, parse,
+                    pick_device, problem_file, prompt_ids, row_seed, run, sample)
 
 
 def main(argv=None):
@@ -28,7 +28,7 @@ def main(argv=None):
     g.add_argument("--max-new-tokens", default=320, type=at_least(1), help="(default: 320) [paper: 16384]")
     g.add_argument("--temperature", default=1.0, type=at_least(0.0), help="0 is greedy (default: 1.0) [paper: 0.7; official code: 1.0]")
     g.add_argument("--batch-rows", default=384, type=at_least(1), help="answers sampled at once (default: 384): memory, not results")
-    args = p.parse_args(argv)
+    args = parse(p, argv)
     path = args.responses or args.out / "responses.jsonl"
 
     # ---- problems and what is already there
@@ -36,7 +36,7 @@ def main(argv=None):
     tokenizer, device = load_tokenizer(args.model), pick_device(args.device)
     done, complete = claim(path, args, {"model": args.model, "data": problem_file(args.data, args.split)},
                            ("split", "limit", "seed", "n", "max_new_tokens", "temperature"), ("id", "sample", "response_ids", "finished"))
-    tasks = [(x, k) for x in problems for k in range(args.n)]
+    tasks, done = [(x, k) for x in problems for k in range(args.n)], list(done)
     if [(r["id"], r["sample"]) for r in done] != [(x["id"], k) for x, k in tasks[:len(done)]]:
         die(f"{path} does not hold these problems in their order; remove it to make it again")
     if complete and len(done) == len(tasks):
@@ -61,4 +61,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -12,11 +12,12 @@ model and no GPU. The same verifier grades revisions, distillation and evaluatio
 
 import time
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
 
-from common import append_jsonl, arguments, check_code, claim, die, finish, read_jsonl, verify_all
+from common import append_jsonl, arguments, check_code, claim, die, finish, parse, run, stream_jsonl, verify_all, warn
 
 
 def main(argv=None):
@@ -24,21 +25,29 @@ def main(argv=None):
     g = p.add_argument_group("verification")
     g.add_argument("--responses", default=None, help="file to read (default: OUT/responses.jsonl)")
     g.add_argument("--verified", default=None, help="file to write (default: OUT/verified.jsonl)")
-    args = p.parse_args(argv)
+    args = parse(p, argv)
     source, path = args.responses or args.out / "responses.jsonl", Path(args.verified or args.out / "verified.jsonl")
 
-    rows = read_jsonl(source, ("id", "problem", "answer", "response", "response_ids", "finished"), "python 01_generate.py")
-    rows = rows[:args.limit]
-    check_code(rows, args.allow_code)
+    # ---- one pass to see that all rows can be graded, one to grade them: no more than a thousand are in memory
+    rows = lambda: islice(stream_jsonl(source, ("id", "problem", "answer", "response", "response_ids", "finished"),
+                                       "python 01_generate.py"), args.limit)
+    counts = Counter()
+    for row in rows():
+        counts.update(rows=1, cut=not row["finished"], code=row.get("kind") == "code")
+    check_code(counts["code"], args.allow_code)
     done, complete = claim(path, args, {"responses": source}, ("limit",), ("id", "reward", "verdict"))
-    began, verdicts = time.time(), Counter(r["verdict"] for r in done)
-    if [r["id"] for r in done] != [r["id"] for r in rows[:len(done)]]:
-        die(f"{path} does not hold these answers in their order; remove it to make it again")
-    todo = rows[len(done):]
-    results = verify_all(todo, [row["response"] for row in todo])
-    for row, result in tqdm(zip(todo, results), initial=len(done), total=len(rows), desc="verify", unit="answer"):
-        append_jsonl(path, [{**row, **dict(zip(("reward", "verdict", "extracted"), result))}])
-        verdicts[result[1]] += 1
+    began, verdicts, todo = time.time(), Counter(), rows()
+    for row in done:
+        if row["id"] != next(todo, {}).get("id"):
+            die(f"{path} does not hold these answers in their order; remove it to make it again")
+        verdicts[row["verdict"]] += 1
+    progress = tqdm(initial=sum(verdicts.values()), total=counts["rows"], desc="verify", unit="answer")
+    while batch := list(islice(todo, 1000)):
+        for row, result in zip(batch, verify_all(batch, [row["response"] for row in batch])):
+            append_jsonl(path, [{**row, **dict(zip(("reward", "verdict", "extracted"), result))}])
+            verdicts[result[1]] += 1
+            progress.update()
+    progress.close()
     if not complete:
         finish(path, began, "cpu", **verdicts)
 
@@ -46,10 +55,13 @@ def main(argv=None):
     if verdicts["error"] + verdicts["timeout"] > n / 2:
         die(f"{path}: {verdicts['error']} errors and {verdicts['timeout']} timeouts in {n} answers, so the rewards mean nothing; "
             f"look at 'answer' in {source}")
-    cut = sum(not r["finished"] for r in rows)
-    print(f"{path}: {n} answers, accuracy {verdicts['correct'] / n:.1%}, finished {1 - cut / n:.1%}, "
+    if verdicts["correct"] in (0, n):
+        warn(f"{path}: {'all' if verdicts['correct'] else 'none'} of the answers are right, so the rewards tell nothing apart")
+    if counts["cut"] == n:
+        warn(f"{source}: every answer was cut; 01_generate.py may need more --max-new-tokens")
+    print(f"{path}: {n} answers, accuracy {verdicts['correct'] / n:.1%}, finished {1 - counts['cut'] / n:.1%}, "
           f"no answer {verdicts['no_answer'] / n:.1%}, timeouts {verdicts['timeout']}, errors {verdicts['error']}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import (append_jsonl, arguments, at_least, autocast, backward_through_head, check_code, claim, completion_hidden, die,
-                    end_ids, finish, load_model, load_tokenizer, micro_batches, pick_device, prompt_ids, read_jsonl, revision_ids,
-                    row_seed, sample, save_model, verify_all)
+from common import (append_jsonl, arguments, at_least, autocast, backward_through_head, check_code, check_ids, claim, completion_hidden,
+                    die, end_ids, finish, load_model, load_state, load_tokenizer, micro_batches, parse, pick_device, prompt_ids,
+                    read_jsonl, remove, revision_ids, row_seed, run, sample, save_model, save_state, stop_if_broken, update, verify_all)
 
 
 # ---------------------------------------------------------------- collecting revisions
@@ -115,7 +115,8 @@ def main(argv=None):
     g.add_argument("--micro-tokens", default=2048, type=at_least(1),
                    help="at most so many in a forward pass, padding too (default: 2048): memory, not results")
     g.add_argument("--gradient-checkpointing", action="store_true", help="less memory, one more forward pass")
-    args = p.parse_args(argv)
+    g.add_argument("--save-every", default=20, type=at_least(1), help="steps after which an interrupted training can go on (default: 20)")
+    args = parse(p, argv)
     source, path = args.verified or args.out / "verified.jsonl", Path(args.revisions or args.out / "revisions.jsonl")
     srt = Path(args.srt or args.out / "srt")
     log = srt.with_name(srt.name + ".jsonl")
@@ -123,10 +124,9 @@ def main(argv=None):
     # ---- answers to revise
     rows = read_jsonl(source, ("id", "sample", "problem", "answer", "response_ids", "finished", "reward"), "python 02_verify.py")
     rows = rows[:args.limit]
-    check_code(rows, args.allow_code)
+    check_code(any(r.get("kind") == "code" for r in rows), args.allow_code)
     tokenizer, began, device = load_tokenizer(args.model), time.time(), pick_device(args.device)
-    if max(max(r["response_ids"]) for r in rows) >= len(tokenizer):
-        die(f"{source} holds token ids that {args.model} does not have: it was made with another model")
+    check_ids(source, rows, tokenizer)
     if log == path:
         die(f"--srt {srt} would write its log over {path}; name another folder")
 
@@ -139,9 +139,11 @@ def main(argv=None):
         done, complete = claim(path, args, {"verified": source, "model": args.model},
                                ("limit", "seed", "p_r_right", "p_r_wrong", "revisions_wrong", "revisions_right", "max_new_tokens",
                                 "temperature"),
-                               ("id", "sample", "revision", "revised_ids", "revised_finished", "kept"))
+                               ("id", "sample", "revision", "problem", "answer", "response_ids", "finished", "reward", "revised_ids",
+                                "kept"))
         model = load_model(args.model, tokenizer, device)
         cut = sum(not r["finished"] for r in rows)
+        check_ids(path, done := list(done), tokenizer, "revised_ids")
         rows = collect(path, rows, done, model, tokenizer, args)
         counts = Counter(r["kept"] for r in rows)
         kept = [r for r in rows if r["kept"] == "yes" or args.unfiltered and r["kept"] not in ("duplicate", "revision cut")]
@@ -154,12 +156,13 @@ def main(argv=None):
         die(f"{path}: nothing was verified correct, so there is nothing to train on: more problems, or a stronger base")
 
     # ---- train on L_SRT
-    _, complete = claim(srt, args, {"revisions": path, "model": args.model},
-                        ("limit", "seed", "p_r_right", "p_r_wrong", "objective", "unfiltered", "epochs", "lr", "batch_size"))
+    settings = ("limit", "seed", "p_r_right", "p_r_wrong", "objective", "unfiltered", "epochs", "lr", "batch_size")
+    for artifact, fields in ((log, ("step",)), (srt, ())):
+        _, complete = claim(artifact, args, {"revisions": path, "model": args.model}, settings, fields)
     if complete:
+        remove(f"{srt}.resume")
         return print(f"{srt} is there already")
     began, (context, dtype) = time.time(), autocast(device)
-    log.unlink(missing_ok=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=1e-4, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     rng, batches = random.Random(args.seed), []
@@ -169,26 +172,28 @@ def main(argv=None):
     model.train()
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    warm_up, progress = max(1, len(batches) // 20), tqdm(batches, desc="SRT", unit="step")
-    for step, batch in enumerate(progress):
+    warm_up, history = max(1, len(batches) // 20), load_state(srt, log, model, optimizer, scaler)
+    progress = tqdm(range(len(history), len(batches)), initial=len(history), total=len(batches), desc="SRT", unit="step")
+    for step in progress:
+        batch = batches[step]
         after = max(0, step - warm_up) / max(1, len(batches) - warm_up)                 # 0 until warmed up, then to 1 at the end
-        lr = args.lr * min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * after))
-        optimizer.param_groups[0]["lr"] = lr
+        lr = optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * after))
         n_revision, n_generation = sum(len(r) for _, _, r in batch), sum(len(a) + len(r) for _, a, r in batch)
         loss = sum(srt_backward(model, part, args.objective, n_revision, n_generation, context, scaler.scale)
                    for part in micro_batches(batch, lambda parts: sum(map(len, parts)), args.micro_tokens))
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        append_jsonl(log, [{"step": step, "loss": loss, "lr": optimizer.param_groups[0]["lr"], "gradient_norm": norm,
-                            "tokens": n_generation}])
+        norm = update(model, optimizer, scaler)
+        history.append({"step": step, "loss": loss, "lr": lr, "gradient_norm": norm, "tokens": n_generation})
+        append_jsonl(log, history[-1:])
+        stop_if_broken(history, srt)
         progress.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}")
+        if (step + 1) % args.save_every == 0 and step + 1 < len(batches):
+            save_state(srt, step + 1, model, optimizer, scaler)
     save_model(model, tokenizer, srt)
-    finish(srt, began, device, tuples=len(kept), steps=len(batches))
+    for artifact in (log, srt):
+        finish(artifact, began, device, tuples=len(kept), steps=len(batches))
+    remove(f"{srt}.resume")
     print(f"{srt}: trained on {len(kept)} tuples, {len(batches)} steps, last loss {loss:.3f}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

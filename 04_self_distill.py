@@ -29,9 +29,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import (append_jsonl, arguments, at_least, autocast, backward_through_head, claim, completion_hidden, die, end_ids, finish,
-                    load_model, load_problems, load_tokenizer, micro_batches, pick_device, problem_file, prompt_ids, read_jsonl,
-                    revision_ids, row_seed, sample, save_model, verify_all)
+from common import (append_jsonl, arguments, at_least, autocast, backward_through_head, check_ids, claim, completion_hidden, die, end_ids,
+                    finish, load_model, load_problems, load_state, load_tokenizer, micro_batches, parse, pick_device, problem_file,
+                    prompt_ids, read_jsonl, remove, revision_ids, row_seed, run, sample, save_model, save_state, stop_if_broken, update,
+                    verify_all, warn)
 
 
 def token_kl(student_logits, teacher_logits, kind="reverse", top_k=None):
@@ -94,6 +95,27 @@ def batches_of(problems, steps, size, seed):
         queue = queue[size:]
 
 
+def best_of(history, every):
+    """After how many steps, a multiple of `every`, the `every` batches before were right most often."""
+    right = [sum(m["accuracy"] for m in history[b:b + every]) for b in range(0, len(history) - every + 1, every)]
+    return every * (1 + max(range(len(right)), key=lambda i: (right[i], i)))
+
+
+def trouble(history, every):
+    """Of a training that goes wrong, a line that says so; else None. Asked after each step, answers every `every` steps."""
+    mean, first, last = lambda rows, key: sum(m[key] for m in rows) / len(rows), history[:every], history[-every:]
+    if len(history) == 3 and all((m["gradient_norm"] or 1) < 1e-6 for m in history):
+        return "no gradient from the start: teacher and student agree, or all answers to a problem have the same reward"
+    if len(history) % every == 0 and mean(last, "finished") == 0:
+        return f"every answer of the last {every} steps was cut; --max-new-tokens may be too small"
+    if len(history) % every == 0 and mean(last, "accuracy") in (0, 1):
+        return f"of the last {every} steps all answers are {'right' if last[0]['accuracy'] else 'wrong'}: the reward tells nothing apart"
+    if len(history) % every == 0 and mean(last, "accuracy") < mean(first, "accuracy") - 0.1:
+        return (f"{mean(first, 'accuracy'):.0%} of the first {every} steps' answers were right, {mean(last, 'accuracy'):.0%} of the last; "
+                f"the model was best after step {best_of(history, every)}")
+    return None
+
+
 def show(row, tokenizer):
     """A whole sample, each token followed by its KL where that is at least 0.1 nats."""
     kl = row["kl"] or [0.0] * len(row["response_ids"])      # GRPO has none
@@ -127,8 +149,9 @@ def main(argv=None):
     g.add_argument("--max-new-tokens", default=320, type=at_least(1), help="(default: 320) [paper: 8192]")
     g.add_argument("--temperature", default=1.0, type=at_least(0.0), help="of sampling; only 1.0 is on-policy (default: 1.0) [paper: 0.7]")
     g.add_argument("--batch-rows", default=384, type=at_least(1), help="answers sampled at once (default: 384): memory, not results")
+    g.add_argument("--save-every", default=10, type=at_least(1), help="steps after which an interrupted training can go on (default: 10)")
     g.add_argument("--show-every", default=20, type=at_least(1), help="print two samples with their KL every so many steps (default: 20)")
-    args = p.parse_args(argv)
+    args = parse(p, argv)
     verified, srt = args.verified or args.out / "verified.jsonl", args.srt or args.out / "srt"
     folder, log = Path(args.sd_zero or args.out / "sd_zero"), Path(args.distill or args.out / "distill.jsonl")
     p_r = {1: args.p_r_right, 0: args.p_r_wrong}
@@ -150,13 +173,16 @@ def main(argv=None):
     if not Path(srt).exists() and args.srt is None:
         die(f"{srt} does not exist; run first: python 03_revise_sft.py")
     tokenizer, began, device = load_tokenizer(srt), time.time(), pick_device(args.device)
+    if solution:
+        check_ids(verified, answered, tokenizer)
     inputs = {"srt": srt, "data": problem_file(args.data, args.split), "verified": verified}
     settings = ("split", "limit", "seed", "p_r_right", "p_r_wrong", "objective", "n", "steps", "rounds", "batch_size", "kl", "top_k", "lr",
                 "warm_up", "max_new_tokens", "temperature")
-    claim(log, args, inputs, settings, ("step",))
-    if claim(folder, args, inputs, settings)[1]:
+    for artifact, fields in ((log, ("step",)), (folder, ())):
+        _, complete = claim(artifact, args, inputs, settings, fields)
+    if complete:
+        remove(f"{folder}.resume")
         return print(f"{folder} is there already")
-    log.unlink(missing_ok=True)
 
     # ---- student and teacher start from the same weights and share none
     context, dtype = autocast(device)
@@ -168,14 +194,17 @@ def main(argv=None):
         student.activation_checkpointing_enable()
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    steps = args.steps * args.rounds
-    progress = tqdm(batches_of(problems, steps, args.batch_size // args.n, args.seed), total=steps, desc="distill", unit="step")
-    for step, batch in enumerate(progress):
+    steps, history = args.steps * args.rounds, load_state(folder, log, student, optimizer, scaler, teacher)
+    if not history:
+        remove(f"{folder}_best")
+    batches = list(batches_of(problems, steps, args.batch_size // args.n, args.seed))
+    progress = tqdm(range(len(history), steps), initial=len(history), total=steps, desc="distill", unit="step")
+    for step in progress:
         if teacher and step and step % args.steps == 0:
             teacher.load_state_dict(student.state_dict())
 
         # ---- sample on-policy, verify
-        batch = [x for x in batch for _ in range(args.n)]
+        batch = [x for x in batches[step] for _ in range(args.n)]
         prompts = [prompt_ids(tokenizer, x["problem"]) for x in batch]
         seeds = [row_seed(args.seed, "distill", x["id"], step, *([i % args.n] if args.n > 1 else [])) for i, x in enumerate(batch)]
         answers = sample(student, prompts, seeds, args.max_new_tokens, args.temperature, args.batch_rows)
@@ -217,11 +246,7 @@ def main(argv=None):
 
         # ---- step
         lr = optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / args.warm_up)
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0).item()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
+        norm = update(student, optimizer, scaler)
 
         # ---- what happened
         mean = lambda values: sum(values) / len(values) if values else None
@@ -234,16 +259,25 @@ def main(argv=None):
                    "said_right": mean([r["response"].count(p_r[1]) for r in rows]),
                    "lr": lr, "tokens": tokens, "seconds": time.time() - began}
         append_jsonl(log, [metrics])
+        history.append(metrics)
+        stop_if_broken(history, folder)
+        if message := trouble(history, args.save_every):
+            warn(f"{folder}: {message}")
         progress.set_postfix(accuracy=f"{metrics['accuracy']:.0%}", kl=metrics["kl"], tokens=f"{metrics['mean_tokens']:.0f}")
         if step % args.show_every == 0:
             for bit in (0, 1):
                 if of_this_kind := sorted((r for r in rows if r["reward"] == bit), key=lambda r: len(r["response_ids"])):
                     show(of_this_kind[len(of_this_kind) // 2], tokenizer)  # the one of median length
+        if (step + 1) % args.save_every == 0 and step + 1 < steps:
+            if best_of(history, args.save_every) == step + 1:
+                save_model(student, tokenizer, f"{folder}_best")
+            save_state(folder, step + 1, student, optimizer, scaler, teacher if args.rounds > 1 else None)
     save_model(student, tokenizer, folder)
-    for artifact in (folder, log):
+    for artifact in (log, folder):
         finish(artifact, began, device, steps=steps, problems=len(problems))
+    remove(f"{folder}.resume")
     print(f"{folder}: {steps} steps, last batch {metrics['accuracy']:.1%} right with {metrics['mean_tokens']:.0f} tokens an answer")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -33,8 +33,8 @@ import torch
 from tqdm import tqdm
 
 from common import (append_jsonl, arguments, at_least, autocast, claim, completion_hidden, die, end_ids, finish, load_model, load_problems,
-                    load_tokenizer, micro_batches, pick_device, problem_file, prompt_ids, read_jsonl, revision_ids, row_seed, sample,
-                    tidied, verify, verify_all, write_json)
+                    load_tokenizer, micro_batches, parse, pick_device, problem_file, prompt_ids, read_jsonl, revision_ids, row_seed, run,
+                    sample, tidied, verify_all, write_json)
 
 
 # ---------------------------------------------------------------- answers and revisions
@@ -110,16 +110,16 @@ def pass_at_k(n, c, k):
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def judgements(row, p_r):
-    """(said, true) for each control phrase that the answer says after an attempt with a \\boxed{}: 1 right, 0 wrong."""
-    places = sorted((m.start(), bit) for bit in (0, 1) for m in re.finditer(re.escape(p_r[bit]), row["response"]))
-    start, out = 0, []
-    for i, said in places:
-        true, verdict, _ = verify(row, row["response"][start:i])
-        if verdict != "no_answer":
-            out.append((said, true))
-        start = i + len(p_r[said])
-    return out
+def judgements(rows, p_r):
+    """(said, true) for each control phrase that one of these answers says after an attempt with an answer: 1 right, 0 wrong."""
+    attempts = []       # (row, said, text of the attempt before)
+    for row in rows:
+        start = 0
+        for i, said in sorted((m.start(), bit) for bit in (0, 1) for m in re.finditer(re.escape(p_r[bit]), row["response"])):
+            attempts.append((row, said, row["response"][start:i]))
+            start = i + len(p_r[said])
+    graded = verify_all([row for row, _, _ in attempts], [text for _, _, text in attempts])
+    return [(said, true) for (_, said, _), (true, verdict, _) in zip(attempts, graded) if verdict != "no_answer"]
 
 
 def spread_of(kls):
@@ -158,7 +158,7 @@ def summarise(name, rows, k, p_r):
     for r in rows:
         (greedy if r["greedy"] else by_problem).setdefault(r["id"], []).append(r)
     rows, by_problem = [r for r in rows if not r["greedy"]], list(by_problem.values())
-    n, said = len(by_problem[0]), [j for r in rows for j in judgements(r, p_r)]
+    n, said = len(by_problem[0]), judgements(rows, p_r)
     pass_at = lambda k: [[pass_at_k(n, sum(r["reward"] for r in of), k)] for of in by_problem]
     rates = {"accuracy": rate(by_problem, lambda r: r["reward"]), "pass_at_k": rate(pass_at(k), float),
              "maj_at_n": rate([[majority(of)] for of in by_problem], float) if rows[0]["kind"] == "math" else (None, None),
@@ -248,7 +248,7 @@ def main(argv=None):
     g.add_argument("--max-new-tokens", default=320, type=at_least(1), help="(default: 320) [paper: 32768]")
     g.add_argument("--temperature", default=1.0, type=at_least(0.0), help="(default: 1.0)")
     g.add_argument("--batch-rows", default=384, type=at_least(1), help="answers sampled at once (default: 384): memory, not results")
-    args = p.parse_args(argv)
+    args = parse(p, argv)
     path = Path(args.eval or args.out / "eval.jsonl")
     summary_path = Path(args.summary or path.with_name(path.stem.replace("eval", "summary", 1) + ".json"))
     if args.k > args.n:
@@ -277,7 +277,11 @@ def main(argv=None):
     inputs = {"data": problem_file(args.data, args.split), **{f"checkpoint {k}": v for k, v in checkpoints.items()}}
     done, complete = claim(path, args, inputs,
                            ("split", "limit", "seed", "p_r_right", "p_r_wrong", "n", "max_new_tokens", "temperature"),
-                           ("checkpoint", "id", "sample", "greedy", "reward", "response_ids"))
+                           ("checkpoint", "id", "sample", "greedy", "kind", "problem", "answer", "response", "response_ids", "finished",
+                            "reward", "extracted"), same=("p_r_right", "p_r_wrong"))
+    done = list(done)
+    if any("revised_reward" not in r or r["sample"] == 0 and not {"kl", "kl_reward"} <= r.keys() for r in done if not r["greedy"]):
+        die(f"{path} has rows without their revision; remove it to make it again")
     rows = {name: evaluate(name, folder, problems, [r for r in done if r["checkpoint"] == name], path, device, args)
             for name, folder in checkpoints.items()}
 
@@ -296,4 +300,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -5,6 +5,7 @@ Letters for shapes: B rows, T positions, V vocabulary, N answer tokens of a batc
 
 import argparse
 import atexit
+import errno
 import hashlib
 import itertools
 import json
@@ -12,6 +13,7 @@ import math
 import os
 import re
 import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -22,7 +24,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
@@ -32,19 +34,44 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+try:
+    import fcntl
+except ImportError:     # Windows
+    fcntl = None
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 transformers.utils.logging.disable_progress_bar()   # ours are enough
 huggingface_hub.utils.logging.set_verbosity_error()  # a hub out of reach is said once, by die()
-HERE = Path(__file__).resolve().parent
+HERE, _locks = Path(__file__).resolve().parent, {}
 P_R = {1: "Let me rephrase the above solution.", 0: "Wait, this response is not correct, let me start over."}
 
 
 def die(message):
     """A user's mistake: one line on stderr (what, where, how to mend), exit code 2."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    tqdm.write(f"error: {' '.join(str(message).split())}", file=sys.stderr)     # not into a progress bar
     sys.exit(2)
+
+
+def run(main):
+    """A script's entry: an interruption, or a full disk, ends in one line that says how to go on."""
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        return main()
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; the same command goes on where it stopped: python {shlex.join(sys.argv)}", file=sys.stderr)
+        code = 130
+    except OSError as e:
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        print(f"\nerror: {'the disk is full' if full else 'a file cannot be read or written'} ({e}); when that is mended, "
+              "the same command goes on where it stopped", file=sys.stderr)
+        code = 2
+    with suppress(OSError):
+        sys.stdout.flush()
+    os._exit(code)      # at once: graders may have a queue to work off
 
 
 # ---------------------------------------------------------------- command line
@@ -54,19 +81,27 @@ def arguments(doc, limit=None):
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = lambda message: die(f"{p.prog}: {message}; see {p.prog} --help")
     g = p.add_argument_group("shared by all stages")
-    g.add_argument("--model", default=str(HERE / "data/base"),
-                   help="folder or hub id of a chat model (default: data/base) [paper: Qwen/Qwen3-4B-Instruct-2507]")
-    g.add_argument("--data", default=str(HERE / "data"),
-                   help="JSONL file, folder with SPLIT.jsonl, or hub id (default: data) [paper: open-r1/OpenR1-Math-220k]")
+    g.add_argument("--model", default=None, help="folder or hub id of a chat model (default: the folder base in --data, "
+                                                 "if there is one, else data/base) [paper: Qwen/Qwen3-4B-Instruct-2507]")
+    g.add_argument("--data", default=str(HERE / "data"), help="JSONL file, folder with SPLIT.jsonl, or hub id (default: data; data/code "
+                                                              "is the other embedded domain) [paper: open-r1/OpenR1-Math-220k]")
     g.add_argument("--out", default="runs/demo", type=Path, help="folder of this run's artifacts (default: runs/demo)")
     g.add_argument("--seed", default=0, type=int, help="of all sampling and shuffling (default: 0)")
     g.add_argument("--limit", default=limit, type=at_least(1), help=f"read only the first so many rows (default: {limit or 'all'})")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     g.add_argument("--overwrite", action="store_true", help="replace this stage's artifacts where they were made with other arguments")
     g.add_argument("--allow-code", action="store_true", help='run programs that the model wrote, for problems of kind "code", in a sandbox')
+    g.add_argument("--mix", action="store_true", help="accept inputs made with another model, P_r or seed than this run's (for ablations)")
     g.add_argument("--p-r-right", default=P_R[1], metavar="PHRASE", help="P_r after a right answer (default: the paper's)")
     g.add_argument("--p-r-wrong", default=P_R[0], metavar="PHRASE", help="P_r after a wrong answer (default: the paper's)")
     return p
+
+
+def parse(p, argv):
+    """The arguments, --model filled in: an embedded domain brings its own base."""
+    args = p.parse_args(argv)
+    args.model = args.model or str(Path(args.data, "base") if Path(args.data, "base").is_dir() else HERE / "data/base")
+    return args
 
 
 def at_least(bound):
@@ -101,25 +136,39 @@ def autocast(device):
 # ---------------------------------------------------------------- records on disk
 
 is_ids = lambda v: isinstance(v, list) and v and all(type(t) is int and t >= 0 for t in v)
+is_number = lambda v: type(v) in (int, float)
 is_bit = lambda v: type(v) is int and v in (0, 1)
 is_test = lambda t: isinstance(t, dict) and (isinstance(t.get("stdin"), str) and isinstance(t.get("stdout"), str)
                                              or isinstance(t.get("call"), str) and isinstance(t.get("args"), list) and "expected" in t)
 is_tests = lambda v: isinstance(v, list) and v and all(map(is_test, v)) and len({t.get("call") is None for t in v}) == 1
-SCHEMA = {"id": str, "kind": str, "problem": str, "answer": str, "tests": is_tests,                                     # data
+is_kl = lambda v: v is None or is_number(v) or isinstance(v, list) and all(map(is_number, v))     # of a step, or of each token
+or_none = lambda right: lambda v: v is None or right(v)
+SCHEMA = {"id": str, "kind": str, "problem": str, "answer": str, "tests": is_tests, "tolerance": or_none(is_number),    # data
           "sample": int, "response": str, "response_ids": is_ids, "finished": bool,                                     # 01
-          "reward": is_bit, "verdict": str,                                                                             # 02
+          "reward": is_bit, "verdict": str, "extracted": or_none(lambda v: type(v) is str),                             # 02
           "revision": int, "p_r": str, "revised": str, "revised_ids": is_ids, "revised_finished": bool,                 # 03
           "revised_reward": is_bit, "revised_verdict": str, "kept": str,
-          "step": int, "checkpoint": str, "greedy": bool}                                                               # 04, 05
+          "step": int, "checkpoint": str, "greedy": bool, "kl": is_kl, "kl_reward": is_kl}                              # 04, 05
+
+
+LONGEST_LINE = 64 << 20     # bytes: an answer of a million tokens would have a quarter of that
 
 
 def read_jsonl(path, fields, made_by):
-    """Rows of a JSONL file as dicts, each with at least `fields`, as SCHEMA has them; `made_by` says how to get the file."""
-    path, rows = Path(path), []
+    """stream_jsonl() as a list."""
+    return list(stream_jsonl(path, fields, made_by))
+
+
+def stream_jsonl(path, fields, made_by):
+    """Rows of a JSONL file as dicts, one by one, each with at least `fields`, as SCHEMA has them; `made_by` says how to get the file."""
+    path, number = Path(path), 0
     if not path.is_file():
         die(f"{path} does not exist or is no file; run first: {made_by}")
     with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
+        while line := f.readline(LONGEST_LINE):
+            number += 1
+            if len(line) == LONGEST_LINE:
+                die(f"{path}:{number}: a line of more than {LONGEST_LINE >> 20} MB; mend or remove it")
             try:
                 row = json.loads(line.decode())
                 json.dumps(row, ensure_ascii=False).encode()    # a lone surrogate is no text: tokenizers refuse it
@@ -127,14 +176,16 @@ def read_jsonl(path, fields, made_by):
                 die(f"{path}:{number}: not JSON in UTF-8 ({e}); mend or remove the line")
             if not isinstance(row, dict):
                 die(f"{path}:{number}: not an object {{...}}; mend or remove the line")
-            for k in fields:
-                right = SCHEMA[k]
-                if k not in row:
-                    die(f"{path}:{number}: field {k!r} is missing; mend the line, or make the file again: {made_by}")
-                if not (type(row[k]) is right if isinstance(right, type) else right(row[k])):
+            if missing := [k for k in fields if k not in row]:
+                die(f"{path}:{number}: field {missing[0]!r} is missing; mend the line, or make the file again: {made_by}")
+            for k, right in SCHEMA.items() if fields else ():
+                if k in row and not (type(row[k]) is right if isinstance(right, type) else right(row[k])):
                     die(f"{path}:{number}: field {k!r} cannot be {row[k]!r:.40}; mend the line, or make the file again: {made_by}")
-            rows.append(row)
-    return rows or die(f"{path} is empty; make it again: {made_by}")
+            if fields and row.get("kind") == "code" and "problem" in fields and "tests" not in row:
+                die(f"{path}:{number}: a row of kind 'code' without 'tests'; mend the line, or make the file again: {made_by}")
+            yield row
+    if not number:
+        die(f"{path} is empty; make it again: {made_by}")
 
 
 def problem_file(source, split):
@@ -184,7 +235,7 @@ def load_problems(source, split="train", limit=None, allow_code=False, seed=0):
         except (OSError, ValueError, RuntimeError) as e:
             die(f"--data {source} is no local file or folder, and loading it from the hub failed, which needs a network: {e}")
     where, problems, left_out = path if from_file else source, {}, Counter()
-    for number, raw in enumerate(rows, 1):
+    for number, raw in enumerate(tqdm(rows, desc="problems", unit="row", disable=from_file), 1):
         try:
             row = ours(raw)
         except KeyError as e:
@@ -215,7 +266,7 @@ def load_problems(source, split="train", limit=None, allow_code=False, seed=0):
     for why, n in left_out.items():
         print(f"{where}: left out {n} rows, each {why}")
     problems = list(problems.values()) or die(f"{where}: no row can be graded")
-    check_code(problems, allow_code)
+    check_code(any(x["kind"] == "code" for x in problems), allow_code)
     return problems
 
 
@@ -233,16 +284,22 @@ def unusable(row, problems):
     return "whose 'id' is there already" if row["id"] in problems else ""
 
 
-def check_code(rows, allow_code):
+def check_code(any_code, allow_code):
     """Programs are run only if --allow-code was given; says what they will run in."""
-    if any(row.get("kind") == "code" for row in rows):
+    if any_code:
         print(f"programs run in: {isolation()}") if allow_code else die('problems of kind "code" are graded by running what the model '
                                                                         "writes, in a sandbox; give --allow-code to all stages")
 
 
+def check_ids(source, rows, tokenizer, field="response_ids"):
+    if max((max(r[field]) for r in rows), default=0) >= len(tokenizer):
+        die(f"{source} holds token ids that the model's tokenizer does not have: it was made with another model")
+
+
 def fingerprint(path):
-    """A hash of what a stage read: a file's bytes, or a model folder's weights; a hub id stands for itself."""
-    files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else [Path(path)]
+    """A hash of what a stage read: a file's bytes, or a model folder's weights, tokenizer and template; a hub id stands for itself."""
+    kinds = ".safetensors", ".jinja", "tokenizer.json", "tokenizer_config.json", "generation_config.json"
+    files = sorted(f for f in Path(path).iterdir() if f.name.endswith(kinds)) if Path(path).is_dir() else [Path(path)]
     digest = hashlib.sha256()
     for file in files:
         if not file.is_file():
@@ -257,49 +314,99 @@ def meta_file(artifact):
     return Path(artifact).with_name(Path(artifact).name.removesuffix(".jsonl") + ".meta.json")
 
 
-def claim(artifact, args, inputs, settings, fields=()):
+def claim(artifact, args, inputs, settings, fields=(), same=("model (hash)", "seed", "p_r_right", "p_r_wrong")):
     """Take `artifact` (a .jsonl file of `fields`, or a model folder) for this run; returns (rows that an earlier try left, complete?).
 
     Beside it goes NAME.meta.json: the arguments named in `settings`, a hash of each of `inputs`, versions, commit. An artifact made with
-    other settings or inputs is refused; with --overwrite it becomes NAME.old until the new one is complete. A torn last line, as a kill
-    leaves it, is cut off.
+    other settings or inputs is refused; with --overwrite it becomes NAME.old until the new one is complete. Inputs that were themselves
+    made with something else than this run or each other, in what `same` names, are refused without --mix. Until finish(), or the end of
+    the process, no other process can take the artifact. A torn last line, as a kill leaves it, is cut off.
     """
-    artifact, meta_path, old, differs = Path(artifact), meta_file(artifact), {}, []
+    artifact, meta_path = Path(artifact), meta_file(artifact)
+    stem = meta_path.with_name(meta_path.name.removesuffix(".meta.json"))      # a model folder and its log have one meta file
     made_of = json.loads(json.dumps({**{k: vars(args)[k] for k in settings}, **{f"{k} (hash)": fingerprint(v) for k, v in inputs.items()}}))
-    if artifact.exists():
-        if artifact.is_dir() == bool(fields):
-            die(f"{artifact} is a {'folder' if fields else 'file'}, and this stage writes a {'file' if fields else 'folder'} there")
-        try:
-            old = json.loads(meta_path.read_text())
-            differs = sorted(k for k in made_of.keys() | old["made_of"].keys() if made_of.get(k) != old["made_of"].get(k))
-            why = differs and f"{differs[0]}: {old['made_of'].get(differs[0])!r} there, {made_of.get(differs[0])!r} now"
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            differs, why = [meta_path], f"{meta_path.name} is missing or damaged"
+    origin = {k: made_of[k] for k in same if k in made_of}
+    for name, path in inputs.items():
+        base = {"model (hash)": fingerprint(path)} if Path(path).is_dir() else {}
+        for k, value in (read_meta(path).get("origin", base) if name != "model" else {}).items():
+            if k in same and origin.setdefault(k, value) != value and not args.mix:
+                die(f"{path} comes from {k.removesuffix(' (hash)')} {value!r}, and this run or another of its inputs from {origin[k]!r}; "
+                    "make them alike, or give --mix")
+
+    def look():
+        there, old = [p for p in (stem, Path(f"{stem}.jsonl")) if p.exists()], read_meta(artifact)
+        before = old.get("made_of", {})
+        differs = there and sorted(k for k in made_of.keys() | before.keys() if made_of.get(k) != before.get(k))
+        why = f"{differs[0]}: {before.get(differs[0])!r} there, {made_of.get(differs[0])!r} now" if before and differs else \
+            f"{meta_path.name} is missing or damaged"
         if differs and not args.overwrite:
-            die(f"{artifact} belongs to another run ({why}); choose another --out, or --overwrite")
+            die(f"{there[0]} belongs to another run ({why}); choose another --out, or --overwrite")
+        return there, old, differs, not differs and artifact.exists() and "counts" in old
+
+    if artifact.exists() and artifact.is_dir() == bool(fields):
+        die(f"{artifact} is a {'folder' if fields else 'file'}, and this stage writes a {'file' if fields else 'folder'} there")
+    there, old, differs, complete = look()
     try:
-        artifact.parent.mkdir(parents=True, exist_ok=True)
+        if not complete:
+            artifact.parent.mkdir(parents=True, exist_ok=True)
+            lock(artifact)
+            there, old, differs, complete = look()      # another process may just have ended
         if differs:
-            for path in filter(Path.exists, (artifact, meta_path)):
-                if Path(f"{path}.old").exists():    # of an --overwrite that did not come to its end: keep that one
-                    remove(path)
-                else:
+            for path in (*there, meta_path):
+                if path.exists() and ("counts" in old or not Path(f"{path}.old").exists()):
+                    remove(f"{path}.old")
                     os.replace(path, f"{path}.old")
-        complete = not differs and artifact.exists() and "counts" in old
+                remove(path)        # of an --overwrite that did not come to its end: what it replaced is kept
+            remove(f"{stem}.resume")
         if not complete:
             versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
-            write_json(meta_path, {"made_of": made_of, "arguments": vars(args), "versions": versions, "commit": commit(),
+            write_json(meta_path, {"made_of": made_of, "origin": origin, "arguments": vars(args), "versions": versions, "commit": commit(),
                                    "isolation": isolation() if args.allow_code else None})
-        if not artifact.is_file() or not fields:
+        if not fields or not artifact.exists():
             return [], complete
-        data = artifact.read_bytes()
-        whole = data[:data.rfind(b"\n") + 1]
-        if whole != data:
+        with open(artifact, "rb") as f:
+            end = size = f.seek(0, os.SEEK_END)
+            while end:      # back to the last line break, a block at a time
+                start = f.seek(max(0, end - (1 << 16)))
+                if (at := f.read(end - start).rfind(b"\n")) >= 0:
+                    end = start + at + 1
+                    break
+                end = start
+        if end < size:
             print(f"{artifact}: the last line was torn and is cut off", file=sys.stderr)
-            artifact.write_bytes(whole)
+            os.truncate(artifact, end)
     except OSError as e:
-        die(f"{artifact} cannot be written: {e.strerror}; choose another --out")
-    return read_jsonl(artifact, fields, "remove it first") if whole else [], complete
+        die(f"{artifact} cannot be written: {e.strerror}; make room or choose another --out, and give the same command again")
+    return stream_jsonl(artifact, fields, "remove it first") if end else [], complete
+
+
+def read_meta(artifact):
+    """Its meta file; {} if there is none that can be read."""
+    try:
+        meta = json.loads(meta_file(artifact).read_text())
+        return meta if all(isinstance(meta[k], dict) for k in ("made_of", "origin")) else {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+
+
+def lock(artifact):
+    """Until finish() or the end of the process, so that two never write the same artifact."""
+    path = meta_file(artifact).with_name(f".{meta_file(artifact).name.removesuffix('.meta.json')}.lock")
+    if fcntl and path not in _locks:
+        held = open(path, "w")
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            die(f"{artifact} is being written by another process; wait for it, or choose another --out")
+        except OSError as e:
+            warn(f"{artifact}: its file system has no locks ({e.strerror}); do not run the same stage twice at the same time")
+        _locks[path] = held
+    return path
+
+
+def unlock(path):
+    if held := _locks.pop(path, None):
+        held.close()
 
 
 def finish(artifact, began, device, **counts):
@@ -308,6 +415,7 @@ def finish(artifact, began, device, **counts):
                                      "threads": torch.get_num_threads(), "seconds": round(time.time() - began, 1), "counts": counts})
     remove(f"{artifact}.old")
     remove(f"{meta_file(artifact)}.old")
+    unlock(lock(artifact))
 
 
 def remove(path):
@@ -323,11 +431,15 @@ def commit():
         return None
 
 
-def write_json(path, value):
+def write_whole(path, text):
     """Whole or not at all: written beside the target, then renamed over it."""
     beside = Path(f"{path}.part")
-    beside.write_text(json.dumps(value, indent=1, default=str) + "\n")
+    beside.write_text(text)
     os.replace(beside, path)
+
+
+def write_json(path, value):
+    write_whole(path, json.dumps(value, indent=1, default=str) + "\n")
 
 
 def append_jsonl(path, rows):
@@ -403,7 +515,9 @@ def sides(answer, reference):
 
 
 GRADER = """  # a process of its own, for sympy can hang on one answer and eat all memory on another
-import json, logging, sys
+import ctypes, json, logging, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, 9, 0, 0, 0)      # dies with the stage, however that dies
 try:
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
@@ -486,9 +600,11 @@ for name, args in job["calls"]:
 _uids = itertools.count(200_000)    # as root, each program runs as a user of its own
 
 
-def fence(kind, box):
+def fence(kind, box, seconds):
     """The command that shuts what follows it in: from the network, other processes and the disk, as far as the kind of isolation goes."""
     root = os.getuid() == 0
+    # Were this process killed, bubblewrap would end the program at once, and this a little after its time.
+    watch = ["timeout", "-s", "KILL", str(math.ceil(seconds) + 5)] if shutil.which("timeout") else []
     if kind == "bubblewrap":
         spaces = "--unshare-net --unshare-pid --unshare-ipc --unshare-uts --cap-add CAP_SETUID --cap-add CAP_SETGID"
         seen = dict.fromkeys(["/usr", "/bin", "/lib", "/lib64", "/etc/alternatives", "/etc/ld.so.cache", sys.base_prefix, sys.prefix])
@@ -500,8 +616,9 @@ def fence(kind, box):
     if kind == "namespaces":
         own = [] if root else ["--user", "--map-root-user"]
         spaces = ["--net", "--pid", "--ipc", "--mount", "--mount-proc", "--fork", "--kill-child"]
-        return ["unshare", *own, *spaces, "sh", "-c", '"$@"; exit $?', "sh"]    # the first process, with which all others die, is the shell
-    return []
+        # the first process, with which all others die, is the shell
+        return [*watch, "unshare", *own, *spaces, "sh", "-c", '"$@"; exit $?', "sh"]
+    return watch
 
 
 def run_program(files, job, kind, stdin="", seconds=10.0, memory=1 << 30, keep=None):
@@ -525,7 +642,7 @@ def run_program(files, job, kind, stdin="", seconds=10.0, memory=1 << 30, keep=N
     with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as told:
         source.write(stdin.encode(errors="replace")), source.seek(0)
         told.write(json.dumps(job).encode()), told.seek(0)
-        command = [*fence(kind, box), python_for(kind), "-I", "-c", HARNESS, str(told.fileno())]
+        command = [*fence(kind, box, seconds), python_for(kind), "-I", "-c", HARNESS, str(told.fileno())]
         environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": box, "TMPDIR": box, "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"}
         process = subprocess.Popen(command, cwd=box, stdin=source, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
                                    start_new_session=True, pass_fds=[told.fileno()])
@@ -710,13 +827,24 @@ def end_ids(model):
     return list(ids) if isinstance(ids, (list, tuple)) else [ids]
 
 
+@contextmanager
+def writing(path):
+    """Libraries fail in ways of their own when a disk is full."""
+    try:
+        yield
+    except Exception as e:
+        die(f"{path} cannot be written ({first_line(e)}): is the disk full? What was there is kept, and the same command goes on")
+
+
 def save_model(model, tokenizer, folder):
     """Written beside the target and swapped in by rename: `folder` is never half a model."""
     beside, old = f"{folder}.part", f"{folder}.replaced"
     remove(beside)
-    model.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
+    with writing(folder):
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
     if Path(folder).exists():
+        remove(old)
         os.replace(folder, old)
     os.replace(beside, folder)
     remove(old)
@@ -774,6 +902,66 @@ def backward_through_head(hidden, head, loss_of, context=nullcontext, scale=lamb
         loss, gradients = loss + part.item(), gradients + [h.grad]
     hidden.backward(torch.cat(gradients))
     return loss
+
+
+def update(model, optimizer, scaler):
+    """An optimiser step with gradients clipped to norm 1. Returns their norm before; None if it is not finite: such a step is skipped."""
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+    if math.isfinite(norm) or scaler.is_enabled():      # the scaler skips by itself, and learns from it
+        scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return norm if math.isfinite(norm) else None
+
+
+def save_state(folder, step, model, optimizer, scaler, teacher=None):
+    """All that the training of `folder` needs to go on after `step` steps, in {folder}.resume: written beside, then renamed."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    state = {"made_of": json.dumps(read_meta(folder)["made_of"]), "step": step, "model": model.state_dict(),
+             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "random": [torch.get_rng_state(), *cuda],
+             "teacher": teacher and teacher.state_dict()}
+    with writing(f"{folder}.resume"):
+        torch.save(state, f"{folder}.resume.part")
+    os.replace(f"{folder}.resume.part", f"{folder}.resume")
+
+
+def load_state(folder, log, model, optimizer, scaler, teacher=None):
+    """Go on from save_state(), if it belongs to this run: `log` keeps the rows of the steps done, which are returned."""
+    path, step = Path(f"{folder}.resume"), 0
+    rows = read_jsonl(log, ("step",), "remove it") if Path(log).exists() and Path(log).stat().st_size else []
+    if path.exists():
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if state["made_of"] == json.dumps(read_meta(folder)["made_of"]) and [r["step"] for r in rows[:state["step"]]] == \
+                    list(range(state["step"])):
+                model.load_state_dict(state["model"])
+                optimizer.load_state_dict(state["optimizer"])
+                scaler.load_state_dict(state["scaler"])
+                if teacher and state["teacher"]:
+                    teacher.load_state_dict(state["teacher"])
+                torch.set_rng_state(state["random"][0])
+                for i, cuda in enumerate(state["random"][1:torch.cuda.device_count() + 1]):
+                    torch.cuda.set_rng_state(cuda, i)
+                step = state["step"]
+        except Exception as e:      # torch.load fails in many ways on a damaged file
+            die(f"{path} is damaged ({first_line(e)}); remove it, and the training starts again")
+    rows = rows[:step]
+    write_whole(log, "".join(json.dumps(row) + "\n" for row in rows))
+    if step:
+        print(f"{folder}: goes on after {step} steps")
+    return rows
+
+
+def stop_if_broken(history, folder):
+    """After eight steps in a row without a finite gradient."""
+    if len(history) >= 8 and all(row["gradient_norm"] is None for row in history[-8:]):
+        die(f"{folder}: the gradients of steps {len(history) - 8} to {len(history) - 1} are not finite, so nothing was learnt from them; "
+            f"the state of the last --save-every is kept in {folder}.resume. Another run with a lower --lr may do better")
+
+
+def warn(message):
+    tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- sampling

@@ -10,7 +10,8 @@ The base model stands in for a pre-trained LLM. It is trained on worked answers 
     After "wrong" each misread edit is mended only with probability MEND: authors mostly repeat themselves, as base models do.
     After "right" comes the same solution again, cleaner and usually in the terse style.
 
-No document uses a problem of train.jsonl, validation.jsonl or test.jsonl. Whatever the model knows about right and wrong, it read between the lines.
+No document uses a problem of train.jsonl, validation.jsonl or test.jsonl. Whatever the model knows about right and wrong, it read between
+the lines.
 
     python data/make_data.py                  # problems, tokenizer, pre-training: about 40 minutes on 2 cores
     python data/make_data.py --problems-only  # seconds
@@ -22,6 +23,7 @@ import math
 import random
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -74,25 +76,29 @@ def solve(start, edits):
     return start
 
 
-def write_problems(sizes, seed):
+def problems(rng):
+    """Endless rows as in train.jsonl, without their ids."""
+    while True:
+        start, edits = make_problem(rng)
+        yield {"kind": "math", "problem": problem_text(start, edits), "answer": solve(start, edits)}
+
+
+def write_problems(folder, sizes, rows):
     """Write {split}.jsonl for each split and size; all problems differ. Returns the set of their texts."""
-    rng, seen = random.Random(seed), set()
+    seen = set()
     for split, size in sizes.items():
-        with open(HERE / f"{split}.jsonl", "w") as f:
+        with open(folder / f"{split}.jsonl", "w") as f:
             for i in range(size):
-                start, edits = make_problem(rng)
-                while problem_text(start, edits) in seen:
-                    start, edits = make_problem(rng)
-                seen.add(problem_text(start, edits))
-                f.write(json.dumps({"id": f"{split}-{i:04d}", "kind": "math", "problem": problem_text(start, edits),
-                                    "answer": solve(start, edits)}) + "\n")
+                row = next(row for row in rows if row["problem"] not in seen)
+                seen.add(row["problem"])
+                f.write(json.dumps({"id": f"{split}-{i:04d}", **row}) + "\n")
     return seen
 
 
 # ---------------------------------------------------------------- corpus
 
-def attempt(rng, start, edits, readings, terse, slips=True):
-    """One worked answer; readings[i] is True where edit i is read rightly. Returns (text, result)."""
+def attempt(rng, start, edits, readings, terse, slips):
+    """One worked answer; readings[i] is True where edit i is read rightly. Returns (text, is it right?)."""
     lines, s = [], start
     for name, right in zip(edits, readings):
         before, s = s, EDITS[name][0 if right else 1](s)
@@ -100,32 +106,43 @@ def attempt(rng, start, edits, readings, terse, slips=True):
             i = rng.randrange(len(s) - 1)
             s = s[:i] + s[i + 1] + s[i] + s[i + 2:]
         lines.append(f"{name}: {s}" if terse else f"Take {before} and {name}, which gives {s}.")
-    return "\n".join(lines + [f"\\boxed{{{s}}}"]), s
+    return "\n".join(lines + [f"\\boxed{{{s}}}"]), s == solve(start, edits)
 
 
-def document(rng, start, edits):
-    """A whole answer: an attempt, then perhaps P_r and another, and so on."""
-    readings, terse = [rng.random() < EDITS[e][2] for e in edits], rng.random() < 0.5
-    text, result = attempt(rng, start, edits, readings, terse)
+def answer(rng, shares, attempt, phrase):
+    """A whole answer: an attempt, then perhaps a phrase that judges it and another attempt, and so on.
+
+    shares: for each step of the problem, of the authors who read it rightly. attempt(readings, terse, slips) → (text, right?).
+    """
+    readings, terse = [rng.random() < share for share in shares], rng.random() < 0.5
+    text, right = attempt(readings, terse, True)
     for _ in range(MOST_ATTEMPTS - 1):
         if rng.random() > GO_ON:
             break
-        correct = result == solve(start, edits)
-        if correct:
+        if right:
             terse = terse or rng.random() < 0.7
         else:
             readings = [rng.random() > SPOIL if r else rng.random() < MEND for r in readings]
             terse = rng.random() < 0.5
-        again, result = attempt(rng, start, edits, readings, terse, slips=not correct)
-        text += delimiter(int(correct)) + again
+        again, right_again = attempt(readings, terse, not right)
+        text, right = text + phrase(right) + again, right_again
     return text
 
 
-def train_tokenizer(rng, vocab_size):
+def documents(rng, held_out=()):
+    """Endless (problem, answer), of problems that are not held out."""
+    while True:
+        start, edits = make_problem(rng)
+        if problem_text(start, edits) in held_out:
+            continue
+        yield problem_text(start, edits), answer(rng, [EDITS[e][2] for e in edits],
+                                                 lambda *how: attempt(rng, start, edits, *how), lambda right: delimiter(int(right)))
+
+
+def train_tokenizer(corpus, vocab_size):
     def texts():
-        for _ in range(3000):
-            start, edits = make_problem(rng)
-            yield f"user\n{problem_text(start, edits)}\nassistant\n" + document(rng, start, edits)
+        for problem, text in islice(corpus, 3000):
+            yield f"user\n{problem}\nassistant\n" + text
         yield from P_R.values()
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
@@ -137,17 +154,13 @@ def train_tokenizer(rng, vocab_size):
                                    chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False)
 
 
-def packed_rows(tokenizer, rng, held_out, length):
+def packed_rows(tokenizer, corpus, length):
     """Endless rows of whole documents: (ids, labels, document number, position), each [length]; labels are -100 outside answers."""
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     row = [[], [], [], []]
-    for n in iter(int, 1):
-        start, edits = make_problem(rng)
-        if problem_text(start, edits) in held_out:
-            continue
-        head = f"<|im_start|>user\n{problem_text(start, edits)}<|im_end|>\n<|im_start|>assistant\n"
-        prompt = tokenizer(head)["input_ids"]
-        answer = tokenizer(document(rng, start, edits))["input_ids"] + [end]
+    for problem, text in corpus:
+        prompt = tokenizer(f"<|im_start|>user\n{problem}<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
+        answer = tokenizer(text)["input_ids"] + [end]
         ids = (prompt + answer)[:length]
         if len(row[0]) + len(ids) > length:
             gap = length - len(row[0])
@@ -160,7 +173,7 @@ def packed_rows(tokenizer, rng, held_out, length):
 
 # ---------------------------------------------------------------- pre-training
 
-def pretrain(tokenizer, held_out, args):
+def pretrain(tokenizer, corpus, args):
     torch.manual_seed(args.seed)
     end = tokenizer.eos_token_id
     config = Qwen3Config(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4,
@@ -169,7 +182,7 @@ def pretrain(tokenizer, held_out, args):
     model = Qwen3ForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     forward = torch.compile(model)
-    rows, B, T = packed_rows(tokenizer, random.Random(args.seed + 1), held_out, args.length), args.batch, args.length
+    rows, B, T = packed_rows(tokenizer, corpus, args.length), args.batch, args.length
     causal = torch.ones(T, T, dtype=torch.bool).tril()
     steps, began = args.tokens // (B * T), time.time()
     progress = tqdm(range(steps), mininterval=10)
@@ -198,21 +211,23 @@ def save(model, tokenizer, folder):
     tokenizer.save_pretrained(folder)
 
 
-def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--problems-only", action="store_true", help="write the three files of problems, leave the model")
-    p.add_argument("--tokens", type=int, default=40_000_000, help="pre-training tokens (padding included)")
-    p.add_argument("--length", type=int, default=256)
+def make(doc, folder, sizes, problems, documents, tokens=40_000_000, length=256, vocab=400):
+    """The command line of a domain: its problems, and a base model that has read its documents; functions of a random.Random."""
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--problems-only", action="store_true", help="write the files of problems, leave the model")
+    p.add_argument("--tokens", type=int, default=tokens, help="pre-training tokens (padding included)")
+    p.add_argument("--length", type=int, default=length)
     p.add_argument("--batch", type=int, default=32)
     p.add_argument("--lr", type=float, default=2e-3)
-    p.add_argument("--vocab", type=int, default=400)
+    p.add_argument("--vocab", type=int, default=vocab)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", default=str(HERE / "base"))
-    args = p.parse_args(argv)
-    held_out = write_problems({"train": 5700, "validation": 300, "test": 500}, args.seed)
+    p.add_argument("--out", default=str(folder / "base"))
+    args = p.parse_args()
+    held_out = write_problems(folder, sizes, problems(random.Random(args.seed)))
     if not args.problems_only:
-        pretrain(train_tokenizer(random.Random(args.seed + 2), args.vocab), held_out, args)
+        tokenizer = train_tokenizer(documents(random.Random(args.seed + 2)), args.vocab)
+        pretrain(tokenizer, documents(random.Random(args.seed + 1), held_out), args)
 
 
 if __name__ == "__main__":
-    main()
+    make(__doc__, HERE, {"train": 5700, "validation": 300, "test": 500}, problems, documents)

@@ -67,13 +67,18 @@ METHODS = {  # name: (label, commands, model, files that hold what was sampled f
     "forward": ("phase 2 by forward KL", [*PHASE_1, PHASE_2 + " --kl forward"], "{M}", ON_SD_ZERO),
     "mixed": ("phase 2 by mixed KL", [*PHASE_1, PHASE_2 + " --kl mixed"], "{M}", ON_SD_ZERO),
     "top_64": ("phase 2 by mixed KL on the teacher's top 64", [*PHASE_1, PHASE_2 + " --kl mixed --top-k 64"], "{M}", ON_SD_ZERO),
-    "neutral": ("phase 2, “rephrase” for both rewards", [*PHASE_1, PHASE_2 + f" --p-r-wrong '{RIGHT}'"], "{M}", ON_SD_ZERO),
-    "inverted": ("phase 2, P_r of the other reward", [*PHASE_1, PHASE_2 + f" --p-r-wrong '{RIGHT}' --p-r-right '{WRONG}'"], "{M}",
-                 ON_SD_ZERO),
+    "neutral": ("phase 2, “rephrase” for both rewards", [*PHASE_1, PHASE_2 + f" --p-r-wrong '{RIGHT}' --mix"], "{M}", ON_SD_ZERO),
+    "inverted": ("phase 2, P_r of the other reward", [*PHASE_1, PHASE_2 + f" --p-r-wrong '{RIGHT}' --p-r-right '{WRONG}' --mix"],
+                 "{M}", ON_SD_ZERO),
     "rounds_2": ("phase 2, two rounds", [*PHASE_1, PHASE_2 + " --rounds 2"], "{M}", ON_SD_ZERO),
     "rounds_3": ("phase 2, three rounds", [*PHASE_1, PHASE_2 + " --rounds 3"], "{M}", ON_SD_ZERO),
     "long": ("phase 2, one round as long as three", [*PHASE_1, PHASE_2 + " --steps 150"], "{M}", ON_SD_ZERO),
 }
+CODE = " --data data/code --allow-code"     # the second domain, with the rates that were found for the first
+for name in ("base", "rft", "srt", "sd_zero", "no_srt"):
+    label, commands, model, sampled = METHODS[name]
+    METHODS[f"code_{name}"] = (f"short functions, {label}", [c.replace(BASE, "data/code/base") + CODE for c in commands],
+                               model.replace(BASE, "data/code/base"), sampled)
 CLAIMS = [  # (the paper's claim, what it says, metric of 05, the row that has more of it, the row that has less)
     ("C1", "SD-Zero is better than SRT", "accuracy", "sd_zero", "srt"),
     ("C1", "SRT is better than RFT (which had more answers)", "accuracy", "srt", "rft"),
@@ -102,6 +107,12 @@ CLAIMS = [  # (the paper's claim, what it says, metric of 05, the row that has m
     ("C9", "unfiltered revisions hurt", "accuracy", "srt", "unfiltered"),
     ("C10", "SRT says more control phrases than the base", "phrases", "srt", "base"),
     ("C10", "SD-Zero says fewer control phrases than SRT", "phrases", "srt", "sd_zero"),
+    ("C1", "short functions: SD-Zero is better than SRT", "accuracy", "code_sd_zero", "code_srt"),
+    ("C1", "short functions: SRT is better than RFT", "accuracy", "code_srt", "code_rft"),
+    ("C1", "short functions: SD-Zero is better than RFT", "accuracy", "code_sd_zero", "code_rft"),
+    ("C2", "short functions: SRT mends more of its wrong answers than the base", "correction_rate", "code_srt", "code_base"),
+    ("C3", "short functions: SD-Zero's answers are shorter than SRT's", "mean_tokens", "code_srt", "code_sd_zero"),
+    ("C5", "short functions: phase 2 needs phase 1", "accuracy", "code_sd_zero", "code_no_srt"),
     ("–", "the teacher needs the reward: true P_r against one P_r for both", "accuracy", "sd_zero", "neutral"),
     ("–", "the teacher needs the reward: true P_r against the other reward's", "accuracy", "sd_zero", "inverted"),
 ]
@@ -114,7 +125,8 @@ START = {"rft": 2e-4, "grpo": 1e-4, "sdft": 1e-4, "srt": 2e-4, "sd_zero": 1e-4} 
 def places(name, seed, out, rates):
     """What the braces of METHODS stand for."""
     rates = {k: f"{v:g}" for k, v in rates.items()}
-    S, O = out / f"seed{seed}", out / f"seed{seed}" / name
+    S = out / f"{'code_' if name.startswith('code_') else ''}seed{seed}"
+    O = S / name
     return {"S": S, "SRT": S / f"srt/lr_{rates.get('srt')}", "O": O, "M": O / (f"lr_{rates[name]}" if name in rates else "model"), **rates}
 
 
@@ -122,7 +134,8 @@ def run(name, seed, out, rates, split="test", miniature=False):
     """One method with one seed: its commands, then 05 on its model. Returns what is filed under data/claims."""
     label, commands, model, sampled = METHODS[name]
     at = places(name, seed, out, rates)
-    commands = [*commands, f"05_eval.py --split {split} --checkpoints {name}={model} --eval {{M}}_{split}_eval.jsonl"]
+    evaluate = f"05_eval.py --split {split} --checkpoints {name}={model} --eval {{M}}_{split}_eval.jsonl"
+    commands = [*commands, evaluate + CODE * name.startswith("code_") + " --mix" * any("--mix" in c for c in commands)]
     commands = [f"{c.format(**at)} --seed {seed}" + ("" if "--out" in c else f" --out {at['O']}") for c in commands]
     if miniature:
         commands = [" ".join([c, *MINI[int(c[:2])]]) for c in commands]
@@ -135,12 +148,15 @@ def run(name, seed, out, rates, split="test", miniature=False):
                 load(script).main(flags)
             except SystemExit:
                 raise RuntimeError(f"{command}: failed, see the end of {log.name}") from None
+            finally:
+                for held in list(common._locks):    # the worker lives on
+                    common.unlock(held)
     counts = [count(Path(f.format(**at))) for f in sampled]
-    made = {Path(f.format(**at)) for f in [*sampled, model]} | ({at["SRT"]} if METHODS[name][1][:3] == PHASE_1 else set())
-    timed = made - {Path(BASE), Path(f"{at['M']}.jsonl")}      # the log's seconds are those of its model
+    made = {Path(f.format(**at)) for f in [*sampled, model]} | ({at["SRT"]} if any("{SRT}" in c for c in METHODS[name][1]) else set())
+    timed = made - {Path(model), Path(f"{at['M']}.jsonl")}      # the log's seconds are those of its model
     seconds = [json.loads(common.meta_file(f).read_text())["seconds"] for f in timed]
     made_by = {"commit": common.commit(), "threads": torch.get_num_threads()}
-    if model != BASE:
+    if "{" in model:
         made_by |= {k: v for k, v in json.loads(common.meta_file(Path(model.format(**at))).read_text()).items() if k in made_by}
     curves = {}
     if (log := Path(f"{at['M']}.jsonl")) in made:
@@ -188,10 +204,14 @@ def first_mistake(row, edits):
 
 
 def mistakes(rows, tokenizer):
-    """Of wrong answers' last attempts: is the token with the most KL (the largest KL reward) the first mistake, or before the next line?"""
+    """Of wrong answers' last attempts: is the token with the most KL (the largest KL reward) the first mistake, or before the next line?
+
+    For the first domain, in which the first mistake can be known.
+    """
     edits, found = load("data/make_data.py").EDITS, []
     for row in rows:
-        place = first_mistake(row, edits) if "kl" in row and row["finished"] and not row["reward"] else None
+        known = row.get("kind") != "code" and "kl" in row and row["finished"] and not row["reward"]
+        place = first_mistake(row, edits) if known else None
         if place:
             ends = np.cumsum([len(tokenizer.decode([t])) for t in row["response_ids"]])
             attempt = [j for j, end in enumerate(ends) if end > place[0]]
@@ -255,8 +275,9 @@ def run_all(methods, seeds, filed, out, jobs, miniature):
                 name, seed = task
                 waits = [k for k in needs(name) if k not in rates and task != (k, None)]
                 # Phase 1 of a seed is made once, by the first that needs it; the others wait for it.
-                shares = lambda t: any("{S}" in c for c in METHODS[t[0]][1]) and (t[1] or 0) == (seed or 0)
-                if not waits and shares(task) and not complete(places("srt", seed or 0, out, rates)["SRT"]):
+                folder = lambda t: any("{S}" in c for c in METHODS[t[0]][1]) and places(t[0], t[1] or 0, out, rates)["S"]
+                shares = lambda t: folder(t) and folder(t) == folder(task)
+                if not waits and shares(task) and not complete(places(name, seed or 0, out, rates)["SRT"]):
                     waits = [t for t in running.values() if shares(t)]
                 if not waits and len(running) < jobs:
                     running[pool.submit(do, task, out, rates, miniature)] = task

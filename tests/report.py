@@ -61,7 +61,7 @@ def differences(runs, metric, more, less):
 
 def short(commands):
     """The commands of a run as stage numbers with the flags that make its method, without evaluation, paths, seeds and learning rates."""
-    paths = r" --(out|verified|revisions|sd-zero|distill|lr|seed) \S+| --srt (?!data/base)\S+"
+    paths = r" --(out|verified|revisions|sd-zero|distill|lr|seed) \S+| --srt (?!data/)\S+"
     flags = [re.sub(paths, "", c.partition(".py")[2]) for c in commands[:-1]]
     return ", ".join(f"{c.removeprefix('python ')[:2]}{f}" for c, f in zip(commands, flags)).replace("'", "")
 

@@ -2,7 +2,9 @@
 
 import json
 import random
+import re
 import time
+from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -189,7 +191,7 @@ def test_splits_and_corpus_share_no_problem(monkeypatch):
     draws = iter([(start, edits), ("12345", ["reverse", "sort up", "swap pairs"]), ("98765", ["sort up", "reverse", "swap pairs"])])
     monkeypatch.setattr(data, "make_problem", lambda rng: next(draws))
     tokenizer = common.load_tokenizer(common.HERE / "data/base")
-    ids, labels, number, position = next(data.packed_rows(tokenizer, random.Random(0), {test[0]["problem"]}, 64))
+    ids, labels, number, position = next(data.packed_rows(tokenizer, data.documents(random.Random(0), {test[0]["problem"]}), 64))
     assert "12345" in tokenizer.decode(ids) and start not in tokenizer.decode(ids)
     assert labels[0] == -100 and len(ids) == len(labels) == len(number) == len(position) == 64
 
@@ -211,6 +213,54 @@ def test_every_embedded_answer_is_right():
         for x in common.load_problems(common.HERE / "data", split):
             start, *edits = x["problem"].removeprefix("Start with ").removesuffix(". What number results?").replace(": ", ", then ").split(", then ")
             assert data.problem_text(start, edits) == x["problem"] and data.solve(start, edits) == x["answer"]
+
+
+@pytest.fixture()
+def code_domain(monkeypatch):
+    from conftest import load
+    monkeypatch.syspath_prepend(str(common.HERE / "data"))
+    return load("data/make_code.py")
+
+
+def test_steps_of_the_short_functions_by_hand(code_domain):
+    xs, n = [5, -3, 2, 5, 8], 2
+    by_hand = {"keep the even ones": [2, 8], "keep those of at least {n}": [5, 2, 5, 8], "keep those below {n}": [-3], "drop the first {n}": [2, 5, 8],
+               "keep the last {n}": [5, 8], "take every second one from the first on": [5, 2, 8], "reverse the order": [8, 5, 2, -3, 5],
+               "sort from largest to smallest": [8, 5, 5, 2, -3], "move the first to the end": [-3, 2, 5, 8, 5], "square each": [25, 9, 4, 25, 64],
+               "replace negative ones by 0": [5, 0, 2, 5, 8], "halve each and round down": [2, -2, 1, 2, 4], "drop repeats": [5, -3, 2, 8],
+               "add to each its place from 1 on": [6, -1, 5, 9, 13]}
+    for step, (right, mistake, _) in code_domain.OPS.items():
+        assert code_domain.apply([right.format(n=n)], xs) == by_hand[step] != code_domain.apply([mistake.format(n=n)], xs), step
+
+
+def steps_of(code_domain, problem):
+    said = problem.removeprefix("Write f(xs). From a list of integers it should ").removesuffix(".").split(", then ")
+    steps = [next((step, n) for step in code_domain.OPS for n in range(2, 6) if step.format(n=n) == text) for text in said]
+    assert code_domain.problem_text(steps) == problem
+    return steps
+
+
+def test_short_functions_right_programs_pass_and_each_single_mistake_fails(code_domain):
+    train, test = (common.load_problems(common.HERE / "data/code", split, allow_code=True) for split in ("train", "test"))
+    assert len({x["problem"] for x in train + test}) == len(train + test) == 5200
+    for x in test[:4]:
+        readings = [[True] * 3] + [[i != j for j in range(3)] for i in range(3)]
+        steps, rng = steps_of(code_domain, x["problem"]), random.Random(0)
+        programs = [code_domain.attempt(rng, steps, r, terse=i % 2 == 0, slips=False)[0] for i, r in enumerate(readings)]
+        assert [reward for reward, _, _ in common.verify_all([x] * 4, programs)] == [1, 0, 0, 0]
+
+
+def test_the_second_corpus_judges_truthfully_and_never_says_p_r(code_domain):
+    lists, true = code_domain.inputs(random.Random(1), 16), []
+    for problem, text in islice(code_domain.documents(random.Random(0)), 300):
+        assert not any(phrase in text for phrase in common.P_R.values())
+        right = code_domain.expressions(steps_of(code_domain, problem), [True] * 3)
+        for program, word in re.findall(r"```python\n(.*?)```\n\n(\w+), ", text, re.S):
+            names = {}
+            exec(program, names)
+            assert (word in code_domain.RIGHT[0]) != (word in code_domain.WRONG[0])
+            true.append((word in code_domain.RIGHT[0]) == all(names["f"](xs) == code_domain.apply(right, xs) for xs in lists))
+    assert len(true) > 100 and sum(true) > 0.98 * len(true)     # authors try a program on lists of their own
 
 
 def test_many_open_boxes_take_no_quadratic_time():

@@ -181,6 +181,58 @@ def test_a_torn_artifact_is_continued_to_the_same_bytes(stages, mini, tmp_path, 
         assert torch.equal(a, b)
 
 
+def weights_of(folder):
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("stage, model, flags", [(3, "srt", []), (4, "sd_zero", ["--steps", "3", "--rounds", "2"])])
+def test_an_interrupted_training_becomes_the_uninterrupted_one(stages, mini, tmp_path, monkeypatch, stage, model, flags):
+    inputs = ["verified", "revisions", *(["srt"] if stage == 4 else [])]
+    argv = lambda out: [*MINI[stage], *flags, "--save-every", "2", "--out", str(out)]
+    for out in ("whole", "torn"):
+        (tmp_path / out).mkdir()
+        for path in (p for p in mini.iterdir() if p.name.split(".")[0] in inputs):
+            (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / out / path.name)
+    stages[stage].main(argv(tmp_path / "whole"))
+    for steps in (2, 3):    # interrupted in the third step, before anything could be saved twice, and again three steps later
+        seen, real = [], stages[stage].update
+
+        def interrupted(*a):
+            seen.append(real(*a))
+            if len(seen) > steps:
+                raise KeyboardInterrupt
+            return seen[-1]
+        monkeypatch.setattr(stages[stage], "update", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            stages[stage].main(argv(tmp_path / "torn"))
+        monkeypatch.setattr(stages[stage], "update", real)
+    stages[stage].main(argv(tmp_path / "torn"))
+    whole, torn = weights_of(tmp_path / "whole" / model), weights_of(tmp_path / "torn" / model)
+    assert all(torch.equal(whole[k], torn[k]) for k in whole)
+    log = "srt.jsonl" if stage == 3 else "distill.jsonl"
+    losses = [[r.get("loss", r.get("kl")) for r in rows_of(tmp_path / out / log)] for out in ("whole", "torn")]
+    assert losses[0] == losses[1] and not (tmp_path / "torn" / f"{model}.resume").exists()
+
+
+def test_steps_without_a_finite_gradient_are_skipped_and_end_the_training(stages, mini, tmp_path, monkeypatch, capsys):
+    shutil.copy(mini / "verified.jsonl", tmp_path), shutil.copy(mini / "revisions.jsonl", tmp_path), shutil.copy(mini / "revisions.meta.json", tmp_path)
+    real = stages[3].srt_backward
+    monkeypatch.setattr(stages[3], "srt_backward", lambda model, *a: real(model, *a) + next(model.parameters()).grad.fill_(float("nan")).sum().item())
+    assert "not finite" in refused(stages[3], [*MINI[3], "--epochs", "4", "--overwrite", "--out", tmp_path], capsys)
+    rows = rows_of(tmp_path / "srt.jsonl")
+    assert len(rows) == 8 and all(r["gradient_norm"] is None for r in rows) and not (tmp_path / "srt").exists()
+
+
+def test_what_goes_wrong_in_distillation_is_said(stages):
+    row = lambda **more: {"gradient_norm": 1.0, "finished": 0.9, "accuracy": 0.5, **more}
+    say = lambda rows: stages[4].trouble(rows, 4)
+    assert say([row()] * 4) is None and say([row()] * 5) is None
+    assert "no gradient" in say([row(gradient_norm=1e-9)] * 3) and say([row(gradient_norm=1e-9)] * 2) is None
+    assert "cut" in say([row(finished=0)] * 4) and "wrong" in say([row(accuracy=0)] * 4) and "right" in say([row(accuracy=1)] * 4)
+    history = [row()] * 4 + [row(accuracy=0.8)] * 4 + [row(accuracy=0.3)] * 4
+    assert "30% of the last" in say(history) and "after step 8" in say(history) and stages[4].best_of(history[:11], 4) == 8
+
+
 # ---------------------------------------------------------------- a user's mistakes: one line, exit code 2, nothing overwritten
 
 def refused(stage, argv, capsys):
@@ -188,7 +240,7 @@ def refused(stage, argv, capsys):
     with pytest.raises(SystemExit) as e:
         stage.main([str(a) for a in argv])
     message = capsys.readouterr().err.strip().splitlines()
-    message = [line for line in message if not re.match(r"(generate|revise|verify|SRT|distill|base):", line)]  # progress
+    message = [line for line in message if line and not re.match(r"(generate|revise|verify|SRT|distill|base):", line)]  # progress
     assert e.value.code == 2 and len(message) == 1 and message[0].startswith("error: "), message
     return message[0]
 
@@ -273,6 +325,31 @@ def test_a_field_of_a_wrong_type_is_named_by_file_and_line(stages, mini, tmp_pat
     common.append_jsonl(tmp_path / f"{source}.jsonl", rows)
     message = refused(stages[stage], [*MINI[stage], "--out", tmp_path], capsys)
     assert f"{source}.jsonl" in message and (":2: field" in message or "token ids" in message)
+
+
+@pytest.mark.parametrize("stage, flags, says", [(3, ["--seed", "1"], "seed"), (4, ["--seed", "1"], "seed"), (4, ["--p-r-wrong", "No."], "p_r_wrong"),
+                                                (5, ["--p-r-wrong", "No."], "p_r_wrong"), (3, ["--model", "other"], "model")])
+def test_inputs_of_another_model_seed_or_p_r_are_refused_and_mixed_if_told_to(stages, mini, tmp_path, capsys, stage, flags, says):
+    for path in mini.iterdir():
+        if path.name.split(".")[0] in {3: ("verified",), 4: ("verified", "srt"), 5: ("verified", "srt", "sd_zero")}[stage]:
+            (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
+    if says == "model":     # the same weights, another template
+        shutil.copytree(ROOT / "data/base", tmp_path / "other")
+        (tmp_path / "other/chat_template.jinja").write_text((tmp_path / "other/chat_template.jinja").read_text() + " ")
+        flags = ["--model", tmp_path / "other"]
+    message = refused(stages[stage], [*MINI[stage], *flags, "--out", tmp_path], capsys)
+    assert says in message and "--mix" in message
+    if stage == 4:
+        stages[4].main([*MINI[4], *flags, "--mix", "--out", str(tmp_path)])
+
+
+def test_two_processes_do_not_write_one_artifact(stages, mini, tmp_path, capsys):
+    import fcntl
+    with open(tmp_path / "responses.meta.lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert "another process" in refused(stages[1], [*MINI[1], "--out", tmp_path], capsys)
+    stages[1].main([*MINI[1], "--out", str(tmp_path)])
+    assert (tmp_path / "responses.jsonl").read_bytes() == (mini / "responses.jsonl").read_bytes() and not (tmp_path / "responses.meta.lock").exists()
 
 
 def test_evaluation_refuses_the_problems_of_phase_1(stages, mini, capsys):

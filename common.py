@@ -574,11 +574,13 @@ def same_answer(reference, answer, seconds=5.0):
 # ---------------------------------------------------------------- programs that a model wrote
 
 HARNESS = """  # inside the sandbox: limits itself, gives root away, then becomes the program, or calls its functions
-import ctypes, json, os, resource, sys, types
+import builtins, json, os, resource, sys
 with os.fdopen(int(sys.argv[1])) as f:
     job = json.load(f)
 if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(38, 1, 0, 0, 0)         # no sudo
+    if job["kind"] != "bubblewrap":                 # which does this itself
+        import ctypes
+        ctypes.CDLL(None).prctl(38, 1, 0, 0, 0)     # no sudo
     with open("/proc/self/oom_score_adj", "w") as f:
         f.write("1000")                             # if memory runs out, this goes first
 for name, value in job["limits"].items():
@@ -592,7 +594,9 @@ if "command" in job:
     os.execv(job["command"][0], job["command"])
 out = os.fdopen(os.dup(1), "w")
 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)        # what the program prints is no result
-program = sys.modules["program"] = types.ModuleType("program")
+sys.path += job["paths"]                            # started without the module site, which takes most of the time
+builtins.exit = builtins.quit = sys.exit
+program = sys.modules["program"] = type(sys)("program")
 exec(compile(open("program.py").read(), "program.py", "exec"), program.__dict__)
 for name, args in job["calls"]:
     print(json.dumps(getattr(program, name)(*args)), file=out, flush=True)
@@ -630,7 +634,8 @@ def run_program(files, job, kind, stdin="", seconds=10.0, memory=1 << 30, keep=N
     uid = next(_uids) if os.getuid() == 0 else 0
     limits = {"CPU": math.ceil(seconds) + 1, "AS": memory, "FSIZE": 16 << 20, "NOFILE": 64, "CORE": 0,
               "NPROC": 4096 if kind == "limits" and not uid else 16}    # without a namespace all of the user's processes count
-    job = {**job, "limits": limits, "uid": uid}
+    paths = [p for p in sys.path if p.endswith("-packages")] if python_for(kind) == sys.executable else []
+    job = {**job, "limits": limits, "uid": uid, "kind": kind, "paths": paths}
     if "command" in job:
         job["command"] = [word.format(box=box) for word in job["command"]]
     for name, content in files.items():
@@ -642,7 +647,7 @@ def run_program(files, job, kind, stdin="", seconds=10.0, memory=1 << 30, keep=N
     with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as told:
         source.write(stdin.encode(errors="replace")), source.seek(0)
         told.write(json.dumps(job).encode()), told.seek(0)
-        command = [*fence(kind, box, seconds), python_for(kind), "-I", "-c", HARNESS, str(told.fileno())]
+        command = [*fence(kind, box, seconds), python_for(kind), "-I", "-S", "-c", HARNESS, str(told.fileno())]
         environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": box, "TMPDIR": box, "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"}
         process = subprocess.Popen(command, cwd=box, stdin=source, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
                                    start_new_session=True, pass_fds=[told.fileno()])
@@ -665,8 +670,11 @@ def run_program(files, job, kind, stdin="", seconds=10.0, memory=1 << 30, keep=N
     status = "ok" if process.wait() == 0 and ended else "timeout" if time.monotonic() >= deadline else "failed"
     process.stdout.close()
     kept = Path(box, keep).read_bytes() if keep and status == "ok" else None
-    subprocess.run(["chmod", "-R", "u+rwx", "--", box], stderr=subprocess.DEVNULL)
-    subprocess.run(["rm", "-rf", "--", box], stderr=subprocess.DEVNULL)
+    with suppress(RecursionError):
+        shutil.rmtree(box, ignore_errors=True)
+    if Path(box).exists():      # it left folders that forbid it, or a thousand in each other
+        subprocess.run(["chmod", "-R", "u+rwx", "--", box], stderr=subprocess.DEVNULL)
+        subprocess.run(["rm", "-rf", "--", box], stderr=subprocess.DEVNULL)
     return out.decode(errors="replace"), status, kept
 
 
@@ -731,7 +739,14 @@ def verify_code(record, response, seconds=10.0):
     of = {"python": "python", "py": "python", "python3": "python", "cpp": "cpp", "c++": "cpp"}
     tagged = [(of[tag.strip().lower()], text) for tag, text in blocks if tag.strip().lower() in of]
     language, program = (tagged or [("python", blocks[-1][1])])[-1]
-    program, kind, tests, tolerance = textwrap.dedent(program), isolation(), record["tests"], record.get("tolerance") or 0.0
+    program = textwrap.dedent(program)
+    return *run_tests(program, language, json.dumps(record["tests"]), record.get("tolerance") or 0.0, seconds), program
+
+
+@lru_cache(10_000)      # a trained model gives the same answer again and again
+def run_tests(program, language, tests, tolerance, seconds):
+    """(reward, verdict) of a program; tests: a JSON list."""
+    kind, tests = isolation(), json.loads(tests)
     calls = [[t["call"], t["args"]] for t in tests if t.get("call") is not None]
     files, command = {"program.py": program}, [python_for(kind), "-I", "{box}/program.py"]
     if language == "cpp":
@@ -739,7 +754,7 @@ def verify_code(record, response, seconds=10.0):
         compile_it = {"command": [compiler, "-O2", "-std=c++17", "-o", "{box}/program", "{box}/program.cpp"]}
         binary = compiler and run_program({"program.cpp": program}, compile_it, kind, "", 60.0, 4 << 30, keep="program")[2]
         if not binary:
-            return 0, "wrong", program
+            return 0, "wrong"
         files, command = {"program": binary}, ["{box}/program"]
     if calls:
         printed, status, _ = run_program(files, {"calls": calls}, kind, seconds=seconds)
@@ -754,7 +769,7 @@ def verify_code(record, response, seconds=10.0):
         if not right or status != "ok":
             break
     right = right and status == "ok"
-    return int(right), "correct" if right else "timeout" if status == "timeout" else "wrong", program
+    return int(right), "correct" if right else "timeout" if status == "timeout" else "wrong"
 
 
 # ---------------------------------------------------------------- the verifier of both

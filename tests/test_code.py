@@ -46,6 +46,16 @@ def test_right_and_wrong_programs():
     assert verdict(RIGHT, [{"call": "double", "args": [[0] * 100_000], "expected": [0] * 200_000}]) == (1, "correct")    # longer than a command line
 
 
+def test_a_thousand_folders_in_each_other_are_removed():
+    deep = "import os\nfor i in range(2000):\n    os.mkdir('d')\n    os.chdir('d')\n"
+    assert verdict(deep + RIGHT) == (1, "correct")
+
+
+def test_functions_find_installed_packages_and_exit():
+    assert verdict("import numpy\ndef double(x):\n    return numpy.add(x, x).tolist() if x == 2 else 2 * x") == (1, "correct")
+    assert verdict("def double(x):\n    exit()") == (0, "wrong")
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
 def test_cpp_programs():
     program = "#include <iostream>\nint main() { long a, b; std::cin >> a >> b; std::cout << a + b << std::endl; }"

@@ -141,9 +141,10 @@ def main(argv=None):
                                 "temperature"),
                                ("id", "sample", "revision", "problem", "answer", "response_ids", "finished", "reward", "revised_ids",
                                 "kept"))
+        for field in ("response_ids", "revised_ids"):
+            check_ids(path, done := list(done), tokenizer, field)
         model = load_model(args.model, tokenizer, device)
         cut = sum(not r["finished"] for r in rows)
-        check_ids(path, done := list(done), tokenizer, "revised_ids")
         rows = collect(path, rows, done, model, tokenizer, args)
         counts = Counter(r["kept"] for r in rows)
         kept = [r for r in rows if r["kept"] == "yes" or args.unfiltered and r["kept"] not in ("duplicate", "revision cut")]

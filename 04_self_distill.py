@@ -104,23 +104,28 @@ def best_of(history, every):
 def trouble(history, every):
     """Of a training that goes wrong, a line that says so; else None. Asked after each step, answers every `every` steps."""
     mean, first, last = lambda rows, key: sum(m[key] for m in rows) / len(rows), history[:every], history[-every:]
-    if len(history) == 3 and all((m["gradient_norm"] or 1) < 1e-6 for m in history):
+    if len(history) == 3 and all(m["gradient_norm"] is not None and m["gradient_norm"] < 1e-6 for m in history):
         return "no gradient from the start: teacher and student agree, or all answers to a problem have the same reward"
-    if len(history) % every == 0 and mean(last, "finished") == 0:
+    if len(history) % every:
+        return None
+    if mean(last, "finished") == 0:
         return f"every answer of the last {every} steps was cut; --max-new-tokens may be too small"
-    if len(history) % every == 0 and mean(last, "accuracy") in (0, 1):
+    if mean(last, "accuracy") in (0, 1):
         return f"of the last {every} steps all answers are {'right' if last[0]['accuracy'] else 'wrong'}: the reward tells nothing apart"
-    if len(history) % every == 0 and mean(last, "accuracy") < mean(first, "accuracy") - 0.1:
+    if mean(last, "accuracy") < mean(first, "accuracy") - 0.1:
         return (f"{mean(first, 'accuracy'):.0%} of the first {every} steps' answers were right, {mean(last, 'accuracy'):.0%} of the last; "
                 f"the model was best after step {best_of(history, every)}")
     return None
 
 
-def show(row, tokenizer):
-    """A whole sample, each token followed by its KL where that is at least 0.1 nats."""
-    kl = row["kl"] or [0.0] * len(row["response_ids"])      # GRPO has none
-    text = "".join(tokenizer.decode([t]) + (f"⟨{k:.1f}⟩" if k >= 0.1 else "") for t, k in zip(row["response_ids"], kl))
-    tqdm.write(f"\n── {row['problem']}  [a = {row['answer']}, r = {row['reward']}, KL {sum(row['kl']):.2f}]\n{text}\n")
+def show(rows, tokenizer):
+    """Of the wrong and of the right answers the one of median length, each token followed by its KL where that is at least 0.1 nats."""
+    for bit in (0, 1):
+        of_this_kind = sorted((r for r in rows if r["reward"] == bit), key=lambda r: len(r["response_ids"]))
+        for row in of_this_kind[len(of_this_kind) // 2:][:1]:
+            kl = row["kl"] or [0.0] * len(row["response_ids"])      # GRPO has none
+            text = "".join(tokenizer.decode([t]) + (f"⟨{k:.1f}⟩" if k >= 0.1 else "") for t, k in zip(row["response_ids"], kl))
+            tqdm.write(f"\n── {row['problem']}  [a = {row['answer']}, r = {row['reward']}, KL {sum(row['kl']):.2f}]\n{text}\n")
 
 
 def main(argv=None):
@@ -196,7 +201,7 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     steps, history = args.steps * args.rounds, load_state(folder, log, student, optimizer, scaler, teacher)
     if not history:
-        remove(f"{folder}_best")
+        remove(f"{folder}.best")
     batches = list(batches_of(problems, steps, args.batch_size // args.n, args.seed))
     progress = tqdm(range(len(history), steps), initial=len(history), total=steps, desc="distill", unit="step")
     for step in progress:
@@ -253,8 +258,7 @@ def main(argv=None):
         kl_by_r = {bit: [k for r in rows if r["reward"] == bit for k in r["kl"]] for bit in (0, 1)}
         metrics = {"round": step // args.steps, "step": step, "accuracy": mean([r["reward"] for r in rows]),
                    "kl": mean(kl_by_r[0] + kl_by_r[1]), "kl_r0": mean(kl_by_r[0]), "kl_r1": mean(kl_by_r[1]),
-                   "kl_first_token": mean([k for r in rows for k in r["kl"][:1]]), "mean_tokens": tokens / len(rows),
-                   "finished": mean([y[-1] in end_ids(student) for y in answers]), "gradient_norm": norm,
+                   "mean_tokens": tokens / len(rows), "finished": mean([y[-1] in end_ids(student) for y in answers]), "gradient_norm": norm,
                    "said_wrong": mean([r["response"].count(p_r[0]) for r in rows]),
                    "said_right": mean([r["response"].count(p_r[1]) for r in rows]),
                    "lr": lr, "tokens": tokens, "seconds": time.time() - began}
@@ -265,12 +269,10 @@ def main(argv=None):
             warn(f"{folder}: {message}")
         progress.set_postfix(accuracy=f"{metrics['accuracy']:.0%}", kl=metrics["kl"], tokens=f"{metrics['mean_tokens']:.0f}")
         if step % args.show_every == 0:
-            for bit in (0, 1):
-                if of_this_kind := sorted((r for r in rows if r["reward"] == bit), key=lambda r: len(r["response_ids"])):
-                    show(of_this_kind[len(of_this_kind) // 2], tokenizer)  # the one of median length
+            show(rows, tokenizer)
         if (step + 1) % args.save_every == 0 and step + 1 < steps:
             if best_of(history, args.save_every) == step + 1:
-                save_model(student, tokenizer, f"{folder}_best")
+                save_model(student, tokenizer, f"{folder}.best")
             save_state(folder, step + 1, student, optimizer, scaler, teacher if args.rounds > 1 else None)
     save_model(student, tokenizer, folder)
     for artifact in (log, folder):

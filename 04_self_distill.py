@@ -205,8 +205,6 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     steps, history = args.steps * args.rounds, load_state(folder, log, student, optimizer, scaler, teacher)
-    if not history:
-        remove(f"{folder}.best")
     batches = list(batches_of(problems, steps, args.batch_size // args.n, args.seed))
     progress = tqdm(range(len(history), steps), initial=len(history), total=steps, desc="distill", unit="step")
     for step in progress:
@@ -277,10 +275,13 @@ def main(argv=None):
         progress.set_postfix(accuracy=f"{metrics['accuracy']:.0%}", kl=metrics["kl"], tokens=f"{metrics['mean_tokens']:.0f}")
         if step % args.show_every == 0:
             show(rows, tokenizer)
-        if (step + 1) % args.save_every == 0 and step + 1 < steps and norm is not None:
+        if (step + 1) % args.save_every == 0 and step + 1 < steps:
             if best_of(history, args.save_every) == step + 1:
                 save_model(student, tokenizer, f"{folder}.best")
-            save_state(folder, step + 1, student, optimizer, scaler, teacher if args.rounds > 1 else None)
+            if norm is not None:
+                save_state(folder, step + 1, student, optimizer, scaler, teacher if args.rounds > 1 else None)
+    if steps <= args.save_every:
+        remove(f"{folder}.best")    # an earlier run's
     save_model(student, tokenizer, folder)
     for artifact in (log, folder):
         finish(artifact, began, device, steps=steps, problems=len(problems), skipped=sum(m["gradient_norm"] is None for m in history))

@@ -461,6 +461,20 @@ def test_overwrite_keeps_the_old_artifact_until_the_new_one_is_complete(stages, 
     assert not (tmp_path / "responses.jsonl.old").exists() and (tmp_path / "responses.jsonl").read_bytes() != old
 
 
+def test_the_best_model_is_kept_until_a_new_run_has_one_or_is_complete(stages, mini, tmp_path, monkeypatch):
+    command = [*MINI[4], "--srt", str(mini / "srt"), "--verified", str(mini / "verified.jsonl"), "--out", str(tmp_path), "--overwrite"]
+    (tmp_path / "sd_zero.best").mkdir()
+    (tmp_path / "sd_zero.best/model.safetensors").write_bytes(b"an earlier run's")
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(stages[4], "update", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        stages[4].main(command)
+    assert (tmp_path / "sd_zero.best/model.safetensors").read_bytes() == b"an earlier run's"
+    stages[4].main([*command, "--save-every", "1"])
+    assert load_file(tmp_path / "sd_zero.best/model.safetensors").keys() == load_file(tmp_path / "sd_zero/model.safetensors").keys()
+    stages[4].main(command)
+    assert not (tmp_path / "sd_zero.best").exists()
+
+
 def test_new_responses_make_the_old_rewards_refused(stages, mini, tmp_path, capsys):
     shutil.copytree(mini, tmp_path / "run")
     stages[1].main([*MINI[1], "--seed", "1", "--overwrite", "--out", str(tmp_path / "run")])

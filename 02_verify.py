@@ -48,11 +48,11 @@ def main(argv=None):
             verdicts[result[1]] += 1
             progress.update()
     progress.close()
+    stop_if_ungraded(verdicts, counts["code"], path)
     if not complete:
         finish(path, began, "cpu", **verdicts)
 
     n = sum(verdicts.values())
-    stop_if_ungraded(verdicts, "code" if counts["code"] else "math", path)
     if verdicts["correct"] in (0, n):
         warn(f"{path}: {'all' if verdicts['correct'] else 'none'} of the answers are right, so the rewards tell nothing apart")
     if counts["cut"] == n:

@@ -5,8 +5,8 @@
               L_revision   = mean over tokens of  -log π_θ(y_revised | x, y_init, P_r)
               L_generation = mean over tokens of  -log π_θ([y_init, P_r, y_revised] | x)
 
-verified.jsonl → revisions.jsonl: a row a revision, with {p_r, revised, revised_ids, revised_finished, revised_reward, revised_verdict,
-kept}; `kept` is "yes" or the reason why not. Answers that were cut get no revision, and are counted.
+verified.jsonl → revisions.jsonl: a row a revision, with {revision, p_r, revised, revised_ids, revised_finished, revised_reward,
+revised_verdict, kept}; `kept` is "yes" or the reason why not. Answers that were cut get no revision, and are counted.
 Then → srt/, the model θ_SRT, and srt.jsonl, a row an optimiser step.
 A wrong y_init stays in the context: it is information, not noise. The first copy of y carries no end token. Unlike the official code:
 one summed loss instead of two stages of SFT, and revisions of right answers are used too.
@@ -130,7 +130,7 @@ def main(argv=None):
     # ---- answers to revise
     rows = read_jsonl(source, ("id", "sample", "problem", "answer", "response_ids", "finished", "reward"), "python 02_verify.py")
     rows = rows[:args.limit]
-    check_code(any(r.get("kind") == "code" for r in rows), args.allow_code)
+    check_code(any_code := any(r.get("kind") == "code" for r in rows), args.allow_code)
     tokenizer, began, device = load_tokenizer(args.model), time.time(), pick_device(args.device)
     check_ids(source, rows, tokenizer)
     if log == path:
@@ -145,14 +145,15 @@ def main(argv=None):
         done, complete = claim(path, args, {"verified": source, "model": args.model},
                                ("limit", "seed", "p_r_right", "p_r_wrong", "revisions_wrong", "revisions_right", "max_new_tokens",
                                 "temperature"),
-                               ("id", "sample", "revision", "problem", "answer", "response_ids", "finished", "reward", "revised_ids",
-                                "revised_verdict", "kept"))
+                               ("id", "sample", "revision", "problem", "answer", "response_ids", "finished", "reward", "p_r", "revised",
+                                "revised_ids", "revised_finished", "revised_verdict", "kept"))
+        done = list(done)
         for field in ("response_ids", "revised_ids"):
-            check_ids(path, done := list(done), tokenizer, field)
+            check_ids(path, done, tokenizer, field)
         model = load_model(args.model, tokenizer, device)
         cut = sum(not r["finished"] for r in rows)
         rows = collect(path, rows, done, model, tokenizer, args)
-        stop_if_ungraded([r["revised_verdict"] for r in rows], rows[0].get("kind") if rows else None, path)
+        stop_if_ungraded([r["revised_verdict"] for r in rows], any_code, path)
         counts = Counter(r["kept"] for r in rows)
         kept = [r for r in rows if r["kept"] == "yes" or args.unfiltered and r["kept"] not in ("duplicate", "revision cut")]
         if not complete:

@@ -183,7 +183,7 @@ def main(argv=None):
     if not Path(srt).exists() and args.srt is None:
         die(f"{srt} does not exist; run first: python 03_revise_sft.py")
     tokenizer, began, device = load_tokenizer(srt), time.time(), pick_device(args.device)
-    if solution:
+    if args.objective == "sdft":
         check_ids(verified, answered, tokenizer)
     inputs = {"srt": srt, "data": problem_file(args.data, args.split), "verified": verified}
     settings = ("split", "limit", "seed", "p_r_right", "p_r_wrong", "objective", "n", "steps", "rounds", "batch_size", "kl", "top_k", "lr",
@@ -218,7 +218,7 @@ def main(argv=None):
         answers = sample(student, prompts, seeds, args.max_new_tokens, args.temperature, args.batch_rows)
         texts, rows = [tokenizer.decode(y, skip_special_tokens=True) for y in answers], []
         rewards, verdicts, _ = zip(*verify_all(batch, texts))
-        stop_if_ungraded(verdicts, batch[0]["kind"], f"{folder}, step {step}", least=8)
+        stop_if_ungraded(verdicts, any(x["kind"] == "code" for x in batch), f"{folder}, step {step}", least=8)
         for x, generator, y, text, reward in zip(batch, prompts, answers, texts, rewards):
             seen, told = (solution[x["id"]], 1) if args.objective == "sdft" else (y, reward)
             reviser = revision_ids(tokenizer, x["problem"], seen, told, p_r)

@@ -8,6 +8,7 @@ base, srt/ and sd_zero/ answer the test problems, verify, and revise each of the
 → stages.png     accuracy and length by stage;  token_kl.html  whole answers, tokens coloured by kl_reward; two of them on the terminal
 
     accuracy         avg@n: mean over n sampled answers a problem;  NAME_se: a rate's standard error, problems being the units
+    mean_tokens, median_tokens, finished   of the sampled answers;  revised_accuracy: of their revisions
     pass_at_k        chance that one of k answers is right (unbiased estimate from n);  greedy: accuracy of greedy decoding
     maj_at_n         (mathematics) is the most frequent of n answers right?
     correction_rate  wrong answers that the revision makes right;  spoiling_rate: right ones that it makes wrong
@@ -38,15 +39,14 @@ from tqdm import tqdm
 
 # ---------------------------------------------------------------- answers and revisions
 
-def evaluate(name, folder, problems, done, path, device, args):
+def evaluate(name, folder, tokenizer, problems, done, path, device, args):
     """Rows of one checkpoint: n sampled answers and a greedy one for each problem; the sampled ones are revised once."""
     tasks = [(x, k) for k in range(-1, args.n) for x in problems]                   # k = -1: greedy
     if [(r["id"], r["sample"]) for r in done] != [(x["id"], k) for x, k in tasks[:len(done)]]:
         die(f"{path} does not hold these problems in their order; remove it to make it again")
     if len(done) == len(tasks):
         return done
-    tokenizer, p_r = load_tokenizer(folder), {1: args.p_r_right, 0: args.p_r_wrong}
-    model = load_model(folder, tokenizer, device)
+    model, p_r = load_model(folder, tokenizer, device), {1: args.p_r_right, 0: args.p_r_wrong}
 
     def answer(batch, prefixes, stage, temperature):
         seeds = [row_seed(args.seed, stage, x["id"], k) for x, k in batch]          # the same noise for every checkpoint: paired
@@ -176,7 +176,7 @@ def summarise(name, rows, k, p_r):
     n, said = len(by_problem[0]), judgements(rows, p_r)
     pass_at = lambda k: [[pass_at_k(n, sum(r["reward"] for r in of), k)] for of in by_problem]
     rates = {"accuracy": rate(by_problem, lambda r: r["reward"]), "pass_at_k": rate(pass_at(k), float),
-             "maj_at_n": rate([[majority(of)] for of in by_problem], float) if rows[0]["kind"] == "math" else (None, None),
+             "maj_at_n": rate([[majority(of)] for of in by_problem], float) if all(r["kind"] == "math" for r in rows) else (None, None),
              "greedy": rate(greedy.values(), lambda r: r["reward"]), "mean_tokens": rate(by_problem, lambda r: len(r["response_ids"])),
              "median_tokens": median([[len(r["response_ids"]) for r in of] for of in by_problem]),
              "finished": rate(by_problem, lambda r: r["finished"]), "revised_accuracy": rate(by_problem, lambda r: r["revised_reward"]),
@@ -257,7 +257,7 @@ def main(argv=None):
     g.add_argument("--split", default="test", help="split of --data (default: test)")
     g.add_argument("--checkpoints", nargs="+", metavar="NAME=MODEL", help="default: base=MODEL srt=OUT/srt sd_zero=OUT/sd_zero")
     g.add_argument("--eval", default=None, help="file to write (default: OUT/eval.jsonl)")
-    g.add_argument("--summary", default=None, help="file to write, the figures beside it (default: summary.json beside --eval)")
+    g.add_argument("--summary", default=None, help="file to write, the figures beside it (default: --eval's name with summary for eval)")
     g.add_argument("--n", default=4, type=at_least(1), help="sampled answers a problem (default: 4) [paper: 8]")
     g.add_argument("--k", default=4, type=at_least(1), help="of pass@k (default: 4) [paper: 8]")
     g.add_argument("--max-new-tokens", default=320, type=at_least(1), help="(default: 320) [paper: 32768]")
@@ -266,6 +266,8 @@ def main(argv=None):
     args = parse(p, argv)
     path = Path(args.eval or args.out / "eval.jsonl")
     summary_path = Path(args.summary or path.with_name(path.stem.replace("eval", "summary", 1) + ".json"))
+    if summary_path == path:
+        die(f"--summary {summary_path} would be written over --eval; name another file")
     if args.k > args.n:
         die(f"--k {args.k} needs at least as many answers a problem, --n is {args.n}")
     named = args.checkpoints or [f"base={args.model}", f"srt={args.out / 'srt'}", f"sd_zero={args.out / 'sd_zero'}"]
@@ -277,8 +279,7 @@ def main(argv=None):
     for name, stage in (("srt", "03_revise_sft.py"), ("sd_zero", "04_self_distill.py")):
         if args.checkpoints is None and not Path(checkpoints[name]).is_dir():
             die(f"{checkpoints[name]} does not exist; run first: python {stage}")
-    for folder in checkpoints.values():
-        load_tokenizer(folder)
+    tokenizers = {name: load_tokenizer(folder) for name, folder in checkpoints.items()}
 
     # ---- answers and revisions
     problems = load_problems(args.data, args.split, args.limit, args.allow_code, args.seed)
@@ -289,8 +290,8 @@ def main(argv=None):
         die(f"{problem_file(args.data, args.split)} holds problems that {phase_1} trained on; evaluate on others")
     if not summary_path.parent.is_dir() and summary_path.parent != path.parent:
         die(f"--summary {summary_path}: its folder does not exist")
-    named = lambda k, folder: "srt" if k == "srt" and meta_file(folder).exists() else f"checkpoint {k}"     # sd_zero may be of another srt
-    inputs = {"data": problem_file(args.data, args.split), **{named(k, folder): folder for k, folder in checkpoints.items()}}
+    input_name = lambda k, folder: "srt" if k == "srt" and meta_file(folder).exists() else f"checkpoint {k}"     # sd_zero may be of another srt
+    inputs = {"data": problem_file(args.data, args.split), **{input_name(k, folder): folder for k, folder in checkpoints.items()}}
     done, complete = claim(path, args, inputs,
                            ("split", "limit", "seed", "p_r_right", "p_r_wrong", "n", "max_new_tokens", "temperature"),
                            ("checkpoint", "id", "sample", "greedy", "kind", "problem", "answer", "response", "response_ids", "finished",
@@ -300,11 +301,11 @@ def main(argv=None):
         needed = () if r["greedy"] else ("revised_reward", "kl", "kl_reward") if r["sample"] == 0 else ("revised_reward",)
         if r["greedy"] != (r["sample"] < 0) or not all(k in r and SCHEMA[k](r[k]) for k in needed):
             die(f"{path}: answer {r['sample']} to {r['id']!r:.40} is damaged; remove the file to make it again")
-    for name, folder in checkpoints.items():
-        check_ids(path, [r for r in done if r["checkpoint"] == name], load_tokenizer(folder))
-    rows = {name: evaluate(name, folder, problems, [r for r in done if r["checkpoint"] == name], path, device, args)
+    for name in checkpoints:
+        check_ids(path, [r for r in done if r["checkpoint"] == name], tokenizers[name])
+    rows = {name: evaluate(name, folder, tokenizers[name], problems, [r for r in done if r["checkpoint"] == name], path, device, args)
             for name, folder in checkpoints.items()}
-    stop_if_ungraded([r["verdict"] for of in rows.values() for r in of], problems[0]["kind"], path)
+    stop_if_ungraded([r["verdict"] for of in rows.values() for r in of], any(x["kind"] == "code" for x in problems), path)
 
     # ---- numbers and figures
     summary = [summarise(name, r, args.k, {1: args.p_r_right, 0: args.p_r_wrong}) for name, r in rows.items()]
@@ -314,7 +315,7 @@ def main(argv=None):
     stages, token_kl = (summary_path.with_name(prefix + name) for name in ("stages.png", "token_kl.html"))
     plot_stages(summary, stages)
     name = "srt" if "srt" in rows else list(rows)[-1]
-    show_token_kl(rows[name], load_tokenizer(checkpoints[name]), token_kl)
+    show_token_kl(rows[name], tokenizers[name], token_kl)
     if not complete:
         finish(path, began, device, answers=sum(map(len, rows.values())))
     print(f"\n{path}, {summary_path}, {stages}, {token_kl}")

@@ -48,7 +48,7 @@ except ImportError:     # Windows
     fcntl = None
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 transformers.utils.logging.disable_progress_bar()   # ours are enough
 huggingface_hub.utils.logging.set_verbosity_error()  # a hub out of reach is said once, by die()
@@ -146,10 +146,10 @@ def autocast(device):
 is_ids = lambda v: isinstance(v, list) and v and all(type(t) is int and t >= 0 for t in v)
 is_number = lambda v: type(v) in (int, float)
 is_bit = lambda v: type(v) is int and v in (0, 1)
-is_test = lambda t: isinstance(t, dict) and (isinstance(t.get("stdin"), str) and isinstance(t.get("stdout"), str)
-                                             or isinstance(t.get("call"), str) and isinstance(t.get("args"), list) and "expected" in t)
+is_test = lambda t: isinstance(t, dict) and (isinstance(t.get("stdin"), str) and isinstance(t.get("stdout"), str) if t.get("call") is None
+                                             else isinstance(t["call"], str) and isinstance(t.get("args"), list) and "expected" in t)
 is_tests = lambda v: isinstance(v, list) and v and all(map(is_test, v)) and len({t.get("call") is None for t in v}) == 1
-is_numbers = lambda v: isinstance(v, list) and all(type(x) in (int, float) and abs(x) < 1e9 for x in v)
+is_numbers = lambda v: isinstance(v, list) and all(is_number(x) and abs(x) < 1e9 for x in v)
 or_none = lambda right: lambda v: v is None or right(v)
 is_tolerance = or_none(lambda v: is_number(v) and 0 <= v < 1)
 SCHEMA = {"id": str, "kind": str, "problem": str, "answer": str, "tests": is_tests, "tolerance": is_tolerance,          # data
@@ -204,13 +204,12 @@ def problem_file(source, split):
 
 
 BOX = "\n\nPut your final answer within \\boxed{}."
+math_by = lambda name: lambda r: {"id": r[name], "problem": r["problem"] + BOX, "answer": r["answer"]}
 KNOWN = {  # hub id: (configuration, a row as ours: id, problem, and answer or tests)
-    "open-r1/OpenR1-Math-220k": ("default", lambda r: {"id": r["uuid"], "problem": r["problem"] + BOX, "answer": r["answer"]}),
+    "open-r1/OpenR1-Math-220k": ("default", math_by("uuid")), "HuggingFaceH4/MATH-500": (None, math_by("unique_id")),
+    "HuggingFaceH4/aime_2024": (None, math_by("id")), "math-ai/aime25": (None, math_by("id")),
+    "MathArena/hmmt_feb_2025": (None, math_by("problem_idx")),
     "openai/gsm8k": ("main", lambda r: {"problem": r["question"] + BOX, "answer": r["answer"].split("####")[-1]}),
-    "HuggingFaceH4/MATH-500": (None, lambda r: {"id": r["unique_id"], "problem": r["problem"] + BOX, "answer": r["answer"]}),
-    "HuggingFaceH4/aime_2024": (None, lambda r: {"id": r["id"], "problem": r["problem"] + BOX, "answer": r["answer"]}),
-    "math-ai/aime25": (None, lambda r: {"id": r["id"], "problem": r["problem"] + BOX, "answer": r["answer"]}),
-    "MathArena/hmmt_feb_2025": (None, lambda r: {"id": r["problem_idx"], "problem": r["problem"] + BOX, "answer": r["answer"]}),
     "open-r1/codeforces-cots": ("solutions_py", lambda r: codeforces(r, "python")),
     "open-r1/codeforces-cots:cpp": ("solutions", lambda r: codeforces(r, "cpp")),   # what follows the colon is ours
     "lighteval/code_generation_lite": (None, lambda r: contest(r["question_id"], [r["question_content"]], [
@@ -338,8 +337,13 @@ def hash_of(files):
     return digest.hexdigest()[:16]
 
 
+def stem_of(artifact):
+    """NAME of NAME.jsonl, the model folder NAME and NAME.meta.json: a model and its log have one meta file."""
+    return Path(artifact).with_name(Path(artifact).name.removesuffix(".jsonl"))
+
+
 def meta_file(artifact):
-    return Path(artifact).with_name(Path(artifact).name.removesuffix(".jsonl") + ".meta.json")
+    return Path(f"{stem_of(artifact)}.meta.json")
 
 
 SAME = "model (hash)", "seed", "p_r_right", "p_r_wrong", "verified (hash)", "srt (hash)"    # in all that a run consists of
@@ -354,8 +358,7 @@ def claim(artifact, args, inputs, settings, fields=(), same=SAME):
     since, and always those that are not complete. Until finish(), or the end of the process, no other process can take the artifact. A torn
     last line, as a kill leaves it, is cut off.
     """
-    artifact, meta_path = Path(artifact), meta_file(artifact)
-    stem = meta_path.with_name(meta_path.name.removesuffix(".meta.json"))      # a model folder and its log have one meta file
+    artifact, stem, meta_path = Path(artifact), stem_of(artifact), meta_file(artifact)
     made_of = json.loads(json.dumps({**{k: vars(args)[k] for k in settings}, **{f"{k} (hash)": fingerprint(v) for k, v in inputs.items()}}))
     origin = {k: made_of[k] for k in same if k in made_of and made_of[k] != str(inputs.get("verified"))}     # GRPO needs none
     for name, path in inputs.items():
@@ -430,7 +433,7 @@ def read_meta(artifact):
 
 
 def lock_file(artifact):
-    return meta_file(artifact).with_name(f".{meta_file(artifact).name.removesuffix('.meta.json')}.lock")
+    return stem_of(artifact).with_name(f".{stem_of(artifact).name}.lock")
 
 
 def lock(artifact):
@@ -454,8 +457,7 @@ def unlock(path):
 
 def finish(artifact, began, device, **counts):
     """Complete the artifact's meta file: its hash, device, threads, seconds since `began`, and counts, which say that it is complete."""
-    stem = meta_file(artifact).with_name(meta_file(artifact).name.removesuffix(".meta.json"))   # a model folder, whose log has no other
-    made = fingerprint(stem if stem.is_dir() else artifact)
+    made = fingerprint(stem_of(artifact) if stem_of(artifact).is_dir() else artifact)
     write_json(meta_file(artifact), {**json.loads(meta_file(artifact).read_text()), "hash": made, "device": str(device),
                                      "threads": torch.get_num_threads(), "seconds": round(time.time() - began, 1), "counts": counts})
     remove(f"{artifact}.old")
@@ -539,6 +541,7 @@ def last_boxed(text):
 
 
 WORDS = r"\\(?:text|textrm|mbox|mathrm)\s*\{"
+NO_VARIABLES = WORDS + r"[^{}]*\}|\\[a-zA-Z]+"
 UNITS = r"\b([cmk]m|[km]g|m[lL]|(hour|minute|second|day|year|degree|dollar|cent|met(er|re)|mile|unit)s?|inch(es)?|feet)\b"
 
 
@@ -558,7 +561,7 @@ def tidied(answer):
 
 def letters(text):
     """Without words and commands: what is left are variables."""
-    return re.sub(WORDS + r"[^{}]*\}|\\[a-zA-Z]+", "", text)
+    return re.sub(NO_VARIABLES, "", text)
 
 
 def told_apart(texts):
@@ -566,7 +569,7 @@ def told_apart(texts):
     used = set(letters("".join(texts)))
     free = (c for c in "qkwvujgpyzthblmnoasrcfx" if c not in used)
     new = {c: next(free, c) for c in sorted(used) if c.isupper() and c.lower() in used}
-    return [re.sub(WORDS + r"[^{}]*\}|\\[a-zA-Z]+|([A-Z])", lambda m: new.get(m[1], m[0]), text) for text in texts]
+    return [re.sub(NO_VARIABLES + "|([A-Z])", lambda m: new.get(m[1], m[0]), text) for text in texts]
 
 
 def depths(text):
@@ -662,7 +665,7 @@ def same_answer(reference, answer, seconds=5.0):
     if re.fullmatch("[a-zA-Z ]{2,}", reference) and reference.lower() == answer.lower():    # Yes
         return "correct"
     if all(map(NUMBER.fullmatch, (reference, *answers))):   # numbers need no algebra; math-verify rounds small ones
-        return "correct" if all(Decimal(reference) == Decimal(text.strip()) for text in answers) else "wrong"
+        return "correct" if all(Decimal(reference) == Decimal(text) for text in answers) else "wrong"
     reference, *answers = told_apart([reference, *answers])
     return ask_grader(reference, answers, seconds)
 
@@ -932,12 +935,12 @@ def verify(record, response):
     return int(verdict == "correct"), verdict, extracted
 
 
-def stop_if_ungraded(verdicts, kind, what, least=1):
+def stop_if_ungraded(verdicts, any_code, what, least=1):
     """Where more than half of the answers (at least so many) cannot be graded, rewards mean nothing. A program may take too long."""
     count = Counter(verdicts)
-    if (n := sum(count.values())) >= least and count["error"] + (count["timeout"] if kind != "code" else 0) > n / 2:
+    if (n := sum(count.values())) >= least and count["error"] + (0 if any_code else count["timeout"]) > n / 2:
         die(f"{what}: {count['error']} errors and {count['timeout']} timeouts in {n} answers, so the rewards mean nothing; look at the "
-            "problems' answers and tests, and whether the graders can run here")
+            "problems' answers and tests, and whether the graders can run here, then remove a file that holds such verdicts")
 
 
 def verify_all(records, responses):
@@ -981,7 +984,7 @@ def load_model(name, tokenizer, device, dtype=torch.float32):
     if lost := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
         die(f"model {name}: {len(lost)} of its weights are missing or of the wrong shape, {lost[0]} for one")
     model = model.to(device).eval()
-    if not all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=model.config).layers):
+    if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=model.config).layers):
         die(f"model {name} has layers other than attention (a recurrent state, say), which sampling does not support")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         die(f"model {name}: its tokenizer has {len(tokenizer)} tokens, its weights only {model.get_input_embeddings().num_embeddings}")
@@ -1157,10 +1160,10 @@ class RoomyLayer(DynamicLayer):
     """
 
     def update(self, keys, values, *args, **kwargs):
+        keys = keys.to(values.dtype)    # under autocast keys come out of their norm in float32, and would be cast at each token
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
             self.keys, self.values, self.room = keys[:, :, :0], values[:, :, :0], None
-        keys = keys.to(values.dtype)    # under autocast keys come out of the rotation in float32, and would be cast at each token
         T, n = self.keys.shape[2], keys.shape[2]
         if self.room is None or T + n > self.room[0].shape[2]:
             self.room = [F.pad(x, (0, 0, 0, n + 64)) for x in (self.keys, self.values)]
@@ -1171,11 +1174,10 @@ class RoomyLayer(DynamicLayer):
 
 def prefill(model, prefixes):
     """The cache after all but the last token of each prefix, padded on the left. Prefixes that are equal are computed once."""
-    unique = {tuple(p): None for p in prefixes}
-    place = {p: j for j, p in enumerate(unique)}
-    T = max(2, *map(len, unique)) - 1
-    ids = torch.tensor([[0] * (T + 1 - len(p)) + list(p[:-1]) for p in unique], device=model.device)                       # [B, T]
-    mask = torch.tensor([[0] * (T + 1 - len(p)) + [1] * (len(p) - 1) for p in unique], device=model.device)
+    place = {p: j for j, p in enumerate(dict.fromkeys(map(tuple, prefixes)))}
+    T = max(2, *map(len, place)) - 1
+    ids = torch.tensor([[0] * (T + 1 - len(p)) + list(p[:-1]) for p in place], device=model.device)                        # [B, T]
+    mask = torch.tensor([[0] * (T + 1 - len(p)) + [1] * (len(p) - 1) for p in place], device=model.device)
     cache = Cache(layer_class_to_replicate=RoomyLayer)
     model.base_model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), past_key_values=cache)
     pick(cache, [place[tuple(p)] for p in prefixes], T)

@@ -10,8 +10,8 @@ The base model stands in for a pre-trained LLM. It is trained on worked answers 
     After "wrong" each misread edit is mended only with probability MEND: authors mostly repeat themselves, as base models do.
     After "right" comes the same solution again, cleaner and usually in the terse style.
 
-No document uses a problem of train.jsonl, validation.jsonl or test.jsonl. Whatever the model knows about right and wrong, it read between
-the lines.
+No document that the model reads uses a problem of train.jsonl, validation.jsonl or test.jsonl (of those that its tokenizer was made from a
+few may). Whatever the model knows about right and wrong, it read between the lines.
 
     python data/make_data.py                  # problems, tokenizer, pre-training: about 40 minutes on 2 cores
     python data/make_data.py --problems-only  # seconds
@@ -173,22 +173,23 @@ def packed_rows(tokenizer, corpus, length):
 
 # ---------------------------------------------------------------- pre-training
 
-def pretrain(tokenizer, corpus, args):
-    torch.manual_seed(args.seed)
+def pretrain(tokenizer, corpus, folder, tokens, T, seed, B=32, peak=2e-3):
+    """A model that has read `tokens` tokens (padding included) of the corpus, in rows of T, B a step; learning rate `peak`, cosine."""
+    torch.manual_seed(seed)
     end = tokenizer.eos_token_id
     config = Qwen3Config(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4,
                          num_key_value_heads=2, head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True,
                          bos_token_id=None, eos_token_id=end, pad_token_id=tokenizer.pad_token_id)
     model = Qwen3ForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     forward = torch.compile(model)
-    rows, B, T = packed_rows(tokenizer, corpus, args.length), args.batch, args.length
+    rows = packed_rows(tokenizer, corpus, T)
     causal = torch.ones(T, T, dtype=torch.bool).tril()
-    steps, began = args.tokens // (B * T), time.time()
+    steps, began = tokens // (B * T), time.time()
     progress = tqdm(range(steps), mininterval=10)
     for step in progress:
         ids, labels, number, position = torch.tensor([next(rows) for _ in range(B)]).unbind(1)  # each [B, T]
-        lr = args.lr * min(1, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        lr = peak * min(1, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         optimizer.param_groups[0]["lr"] = lr
         same = number[:, :, None] == number[:, None, :]  # a document sees itself only
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -201,7 +202,7 @@ def pretrain(tokenizer, corpus, args):
         if step % 50 == 0:
             progress.set_postfix(loss=f"{loss.item():.3f}", lr=f"{lr:.1e}", minutes=f"{(time.time() - began) / 60:.1f}", refresh=False)
         if (step + 1) % 500 == 0 or step + 1 == steps:
-            save(model, tokenizer, args.out)
+            save(model, tokenizer, folder)
 
 
 def save(model, tokenizer, folder):
@@ -215,18 +216,15 @@ def make(doc, folder, sizes, problems, documents, tokens=40_000_000, length=256,
     """The command line of a domain: its problems, and a base model that has read its documents; functions of a random.Random."""
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--problems-only", action="store_true", help="write the files of problems, leave the model")
-    p.add_argument("--tokens", type=int, default=tokens, help="pre-training tokens (padding included)")
-    p.add_argument("--length", type=int, default=length)
-    p.add_argument("--batch", type=int, default=32)
-    p.add_argument("--lr", type=float, default=2e-3)
-    p.add_argument("--vocab", type=int, default=vocab)
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", default=str(folder / "base"))
+    p.add_argument("--tokens", type=int, default=tokens, help=f"pre-training tokens, padding included (default: {tokens:,})")
+    p.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    p.add_argument("--out", type=Path, default=folder, help="folder for the problems and base/ (default: where this file has them)")
     args = p.parse_args()
-    held_out = write_problems(folder, sizes, problems(random.Random(args.seed)))
+    args.out.mkdir(parents=True, exist_ok=True)
+    held_out = write_problems(args.out, sizes, problems(random.Random(args.seed)))
     if not args.problems_only:
-        tokenizer = train_tokenizer(documents(random.Random(args.seed + 2)), args.vocab)
-        pretrain(tokenizer, documents(random.Random(args.seed + 1), held_out), args)
+        tokenizer = train_tokenizer(documents(random.Random(args.seed + 2)), vocab)
+        pretrain(tokenizer, documents(random.Random(args.seed + 1), held_out), args.out / "base", args.tokens, length, args.seed)
 
 
 if __name__ == "__main__":

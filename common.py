@@ -1212,7 +1212,7 @@ def draw(logits, temperature, uniform):
     return (cdf < uniform * cdf[:, -1:]).sum(-1)
 
 
-@torch.inference_mode()
+@torch.no_grad()    # in inference_mode autocast keeps no copy of the weights: they would be cast at every token
 def sample(model, prefixes, seeds, max_new_tokens, temperature=1.0, batch_rows=384, progress=None):
     """One answer a prefix: a list of token ids, ending with an end token unless cut at max_new_tokens. temperature 0 is greedy.
 

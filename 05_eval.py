@@ -266,8 +266,8 @@ def main(argv=None):
     args = parse(p, argv)
     path = Path(args.eval or args.out / "eval.jsonl")
     summary_path = Path(args.summary or path.with_name(path.stem.replace("eval", "summary", 1) + ".json"))
-    if summary_path == path:
-        die(f"--summary {summary_path} would be written over --eval; name another file")
+    if summary_path.resolve() in (path.resolve(), meta_file(path).resolve()):
+        die(f"--summary {summary_path} would be written over --eval or its meta file; name another file")
     if args.k > args.n:
         die(f"--k {args.k} needs at least as many answers a problem, --n is {args.n}")
     named = args.checkpoints or [f"base={args.model}", f"srt={args.out / 'srt'}", f"sd_zero={args.out / 'sd_zero'}"]
@@ -290,8 +290,8 @@ def main(argv=None):
         die(f"{problem_file(args.data, args.split)} holds problems that {phase_1} trained on; evaluate on others")
     if not summary_path.parent.is_dir() and summary_path.parent != path.parent:
         die(f"--summary {summary_path}: its folder does not exist")
-    input_name = lambda k, folder: "srt" if k == "srt" and meta_file(folder).exists() else f"checkpoint {k}"     # sd_zero may be of another srt
-    inputs = {"data": problem_file(args.data, args.split), **{input_name(k, folder): folder for k, folder in checkpoints.items()}}
+    named_by = lambda k, folder: "srt" if k == "srt" and meta_file(folder).exists() else f"checkpoint {k}"  # sd_zero may be of another srt
+    inputs = {"data": problem_file(args.data, args.split), **{named_by(k, folder): folder for k, folder in checkpoints.items()}}
     done, complete = claim(path, args, inputs,
                            ("split", "limit", "seed", "p_r_right", "p_r_wrong", "n", "max_new_tokens", "temperature"),
                            ("checkpoint", "id", "sample", "greedy", "kind", "problem", "answer", "response", "response_ids", "finished",

@@ -34,7 +34,9 @@ def main(argv=None):
     quantised = AutoModelForCausalLM.from_pretrained(package, gguf_file=file, dtype=torch.float32)
     weights, config = quantised.state_dict(), quantised.config
     del config.quantization_config  # a model that was quantised is neither trained nor saved; its weights in a plain one are
-    model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
+    model, info = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True)
+    if info["missing_keys"] or info["unexpected_keys"]:
+        die(f"{package}: its weights are not a Llama's: {sorted([*info['missing_keys'], *info['unexpected_keys']])}")
     model.generation_config = GenerationConfig(eos_token_id=[tokenizer.eos_token_id], pad_token_id=tokenizer.pad_token_id)
     save_model(model, tokenizer, args.out)
     print(f"{args.out}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters, {len(tokenizer)} tokens")

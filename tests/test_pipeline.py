@@ -313,7 +313,9 @@ def test_bad_flags_and_bad_models(stages, tmp_path, capsys, mini):
     assert "does not exist" in refused(one, ["--model", tmp_path / "none", "--out", tmp_path / "r"], capsys)
     assert "does not exist" in refused(one, ["--data", tmp_path / "none.jsonl", "--out", tmp_path / "r"], capsys)
     assert "--k 4" in refused(stages[5], ["--n", 2, "--k", 4, "--out", mini], capsys)
-    assert "written over" in refused(stages[5], ["--eval", tmp_path / "results.json", "--out", mini], capsys)
+    for flags in (["--eval", tmp_path / "results.json"], ["--eval", mini / "eval.jsonl", "--summary", mini / "x/../eval.jsonl"],
+                  ["--summary", mini / "eval.meta.json"]):
+        assert "written over" in refused(stages[5], [*flags, "--out", mini], capsys)
     assert "NAME=MODEL" in refused(stages[5], ["--checkpoints", "base", "--out", mini], capsys)
     shutil.copytree(ROOT / "data/base", tmp_path / "m")
     (tmp_path / "m/model.safetensors").unlink()

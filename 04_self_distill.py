@@ -276,7 +276,7 @@ def main(argv=None):
         if step % args.show_every == 0:
             show(rows, tokenizer)
         if (step + 1) % args.save_every == 0 and step + 1 < steps:
-            if best_of(history, args.save_every) == step + 1 and any(m["gradient_norm"] is not None for m in history):
+            if best_of(history, args.save_every) == step + 1:
                 save_model(student, tokenizer, f"{folder}.best")
             if norm is not None:
                 save_state(folder, step + 1, student, optimizer, scaler, teacher if args.rounds > 1 else None)

@@ -936,7 +936,10 @@ def verify(record, response):
 
 
 def stop_if_ungraded(verdicts, any_code, what, least=1):
-    """Where more than half of the answers (at least so many) cannot be graded, rewards mean nothing. Programs may take too long."""
+    """Where more than half of the answers (at least so many) cannot be graded, rewards mean nothing.
+
+    Programs may take too long, so timeouts count only where no answer is one.
+    """
     count = Counter(verdicts)
     if (n := sum(count.values())) >= least and count["error"] + (0 if any_code else count["timeout"]) > n / 2:
         die(f"{what}: {count['error']} errors and {count['timeout']} timeouts in {n} answers, so the rewards mean nothing; look at the "

@@ -18,8 +18,7 @@ import common
 from conftest import ROOT, rows_of
 
 GPU = "pretend"
-TINY = ["--srt", "start", "--verified", "none.jsonl", "--batch-size", "2", "--max-new-tokens", "6",
-        "--data", str(ROOT / "data")]
+TINY = ["--srt", "start", "--verified", "none.jsonl", "--batch-size", "2", "--max-new-tokens", "6", "--data", str(ROOT / "data")]
 
 
 class Backend(_DummyBackendModule):
@@ -122,7 +121,7 @@ def test_the_pretended_gpu_computes_as_the_cpu_and_refuses_to_mix(gpu):
         a[torch.tensor([0, 1])]
 
 
-def test_sampling_and_both_losses_keep_to_the_models_device(gpu, stages, tokenizer, problems):
+def test_sampling_and_the_srt_losses_keep_to_the_models_device(gpu, stages, tokenizer, problems):
     model = common.load_model("start", tokenizer, torch.device("cpu"))
     on_gpu = copy.deepcopy(model).to(gpu)
     prompts = [common.prompt_ids(tokenizer, x["problem"]) for x in problems[:5]]

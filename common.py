@@ -34,8 +34,16 @@ def say_interrupted():
     print(f"\ninterrupted; the same command goes on where it stopped: python {shlex.join(sys.argv)}", file=sys.stderr)
 
 
-# Ctrl-C during the imports, which take seconds: the scripts import this file first. Later run() sees to it.
-sys.excepthook = lambda kind, *rest: say_interrupted() if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
+def leave(*_):
+    say_interrupted()
+    os._exit(130)
+
+
+# Ctrl-C during the imports, which take seconds (the scripts import this file first): an exception may get lost there, in some library's
+# __del__. Nothing has been written yet. Later run() sees to it.
+interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+if interruptible:
+    signal.signal(signal.SIGINT, leave)
 
 import huggingface_hub
 import numpy as np
@@ -50,6 +58,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+if interruptible:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 transformers.utils.logging.disable_progress_bar()   # ours are enough
 huggingface_hub.utils.logging.set_verbosity_error()  # a hub out of reach is said once, by die()
 HERE, _locks, _passed = Path(__file__).resolve().parent, {}, set()

@@ -15,8 +15,8 @@ import time
 
 from tqdm import tqdm
 
-from common import (append_jsonl, arguments, at_least, claim, die, end_ids, finish, load_model, load_problems, load_tokenizer, parse,
-                    pick_device, problem_file, prompt_ids, row_seed, run, sample)
+from common import (append_jsonl, arguments, at_least, check_room, claim, die, end_ids, finish, load_model, load_problems, load_tokenizer,
+                    parse, pick_device, problem_file, prompt_ids, row_seed, run, sample)
 
 
 def main(argv=None):
@@ -45,6 +45,7 @@ def main(argv=None):
 
     # ---- sample
     began, model = time.time(), load_model(args.model, tokenizer, device)
+    check_room(model, tokenizer, [x["problem"] for x in problems], args.max_new_tokens)
     block, finished, tokens = 4 * args.batch_rows, 0, 0
     # A torn block is sampled again, so that an answer's neighbours are those that it would have had.
     start = len(done) // block * block if len(done) < len(tasks) else len(tasks)

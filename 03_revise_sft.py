@@ -8,7 +8,7 @@
 verified.jsonl → revisions.jsonl: a row a revision, with {revision, p_r, revised, revised_ids, revised_finished, revised_reward,
 revised_verdict, kept}; `kept` is "yes" or the reason why not. Answers that were cut get no revision, and are counted.
 Then → srt/, the model θ_SRT, and srt.jsonl, a row an optimiser step.
-A wrong y_init stays in the context: it is information, not noise. The first copy of y carries no end token. Unlike the official code:
+A wrong y_init stays in the context: it is information, not noise. It carries no end token. Unlike the official code:
 one summed loss instead of two stages of SFT, and revisions of right answers are used too.
 --objective rft is the baseline RFT (rejection-sampling fine-tuning): no revisions, L = mean over tokens of -log π_θ(y | x), y right.
 
@@ -23,9 +23,9 @@ from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 
-from common import (append_jsonl, arguments, at_least, autocast, backward_through_head, check_code, check_ids, claim, completion_hidden,
-                    die, end_ids, finish, load_model, load_state, load_tokenizer, micro_batches, parse, pick_device, prompt_ids,
-                    read_jsonl, remove, revision_ids, row_seed, run, sample, save_model, save_state, stop_if_broken,
+from common import (append_jsonl, arguments, at_least, autocast, backward_through_head, check_code, check_ids, check_room, claim,
+                    completion_hidden, die, end_ids, finish, load_model, load_state, load_tokenizer, micro_batches, parse, pick_device,
+                    prompt_ids, read_jsonl, remove, revision_ids, row_seed, run, sample, save_model, save_state, stop_if_broken,
                     stop_if_ungraded, update, verify_all)
 
 import torch
@@ -46,7 +46,7 @@ def collect(path, rows, done, model, tokenizer, args):
     tasks = revision_tasks(rows, args.revisions_wrong, args.revisions_right)
     if [(r["id"], r["sample"], r["revision"]) for r in done] != [(r["id"], r["sample"], k) for r, k in tasks[:len(done)]]:
         die(f"{path} does not hold the revisions of these answers in their order; remove it to make it again")
-    seen = {(r["id"], r["sample"], tuple(r["revised_ids"])) for r in done if r["kept"] == "yes"}
+    seen = {(r["id"], r["sample"], tuple(r["revised_ids"])) for r in done if r["revised_finished"]}
     if len(done) == len(tasks):
         return done
     block, kept = 4 * args.batch_rows, Counter(r["kept"] for r in done)
@@ -61,8 +61,8 @@ def collect(path, rows, done, model, tokenizer, args):
         texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in revisions]
         for (row, k), ids, text, (reward, verdict, _) in zip(batch, revisions, texts, verify_all([row for row, _ in batch], texts)):
             finished, key = ids[-1] in end_ids(model), (row["id"], row["sample"], tuple(ids))
-            why = "revision cut" if not finished else "revision " + verdict if not reward else "duplicate" if key in seen else "yes"
-            if why == "yes":
+            why = "revision cut" if not finished else "duplicate" if key in seen else "yes" if reward else "revision " + verdict
+            if finished:
                 seen.add(key)
             kept[why] += 1
             out.append({**row, "revision": k, "p_r": p_r[row["reward"]], "revised": text, "revised_ids": ids,
@@ -84,9 +84,11 @@ def sequence(row, tokenizer, p_r):
 
 
 def srt_backward(model, batch, objective, n_revision, n_generation, context=nullcontext, scale=lambda part: part):
-    """Backward of the part of the step's loss that these tuples make up; returns it. n_*: numbers of such tokens in the whole step.
+    """Backward of the part of the step's loss that these tuples make up; returns it.
 
-    Both losses read the same sequence [x, y_init, P_r, y_revised]; they differ in the tokens that they score. One pass serves both.
+    Both losses read the same sequence [x, y_init, P_r, y_revised] and differ in the tokens that they score, so one pass serves both. With
+    the whole step's n_revision tokens of y_revised and n_generation of [y_init, P_r, y_revised], a token's -log π weighs 1 / n_generation,
+    and in y_revised 1 / n_revision more.
     """
     prompts, attempts, revised = zip(*batch)
     completions = [a + r for a, r in zip(attempts, revised)]
@@ -152,6 +154,7 @@ def main(argv=None):
             check_ids(path, done, tokenizer, field)
         model = load_model(args.model, tokenizer, device)
         cut = sum(not r["finished"] for r in rows)
+        check_room(model, tokenizer, [r["problem"] for r in rows], max(len(r["response_ids"]) for r in rows) + args.max_new_tokens)
         rows = collect(path, rows, done, model, tokenizer, args)
         stop_if_ungraded([r["revised_verdict"] for r in rows], any_code, path)
         counts = Counter(r["kept"] for r in rows)

@@ -7,6 +7,7 @@
                         ▔ loss: every token of y, its end token too
     teacher   chat(x) + y (no end token) + "\\n\\n" P_r "\\n\\n" + y
                                                                ▔ the same tokens of the second y
+A step's loss is the sum over all its tokens, divided by their number.
 
 The teacher has read the whole answer and whether it was right; the student has not. That is all the supervision there is: one bit an
 answer becomes a distribution at every token. The gradient goes through the student only, and not through sampling. The teacher is frozen
@@ -26,10 +27,10 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-from common import (append_jsonl, arguments, at_least, autocast, backward_through_head, check_ids, claim, completion_hidden, die, end_ids,
-                    finish, load_model, load_problems, load_state, load_tokenizer, micro_batches, parse, pick_device, problem_file,
-                    prompt_ids, read_jsonl, remove, revision_ids, row_seed, run, sample, save_model, save_state, stop_if_broken,
-                    stop_if_ungraded, update, verify_all, warn)
+from common import (append_jsonl, arguments, at_least, autocast, backward_through_head, check_ids, check_room, claim, completion_hidden,
+                    die, end_ids, finish, load_model, load_problems, load_state, load_tokenizer, micro_batches, parse, pick_device,
+                    problem_file, prompt_ids, read_jsonl, remove, revision_ids, row_seed, run, sample, save_model, save_state,
+                    stop_if_broken, stop_if_ungraded, update, verify_all, warn)
 
 import torch
 import torch.nn.functional as F
@@ -103,8 +104,8 @@ def best_of(history, every):
 
 
 def trouble(history, window, every):
-    """Of a training that goes wrong, a line that says so; else None. Asked after each step, answers every `window` steps."""
-    mean, first, last = lambda rows, key: sum(m[key] for m in rows) / len(rows), history[:window], history[-window:]
+    """A warning if training goes wrong, else None. Asked after each step, answers every `window` steps."""
+    mean, last = lambda rows, key: sum(m[key] for m in rows) / len(rows), history[-window:]
     small = lambda m: m["gradient_norm"] is not None and m["gradient_norm"] < 1e-6 or m["kl"] is not None and m["kl"] < 1e-4
     if len(history) == 3 and all(map(small, history)):
         return "nothing to learn from the start: teacher and student agree, or all answers to a problem have the same reward"
@@ -114,8 +115,9 @@ def trouble(history, window, every):
         return f"every answer of the last {window} steps was cut; --max-new-tokens may be too small"
     if mean(last, "accuracy") in (0, 1):
         return f"of the last {window} steps all answers are {'right' if last[0]['accuracy'] else 'wrong'}: the reward tells nothing apart"
-    if mean(last, "accuracy") < 0.85 * mean(first, "accuracy"):
-        share = f"{mean(first, 'accuracy'):.1%} of the first {window} steps' answers are right, {mean(last, 'accuracy'):.1%} of the last"
+    best = max(mean(history[b:b + window], "accuracy") for b in range(0, len(history), window))
+    if mean(last, "accuracy") < 0.85 * best:
+        share = f"{mean(last, 'accuracy'):.1%} of the last {window} steps' answers are right, {best:.1%} of {window} earlier ones'"
         return share + (f"; it was best after step {best_of(history, every)}" if len(history) >= every else "")
     return None
 
@@ -127,7 +129,8 @@ def show(rows, tokenizer):
         for row in of_this_kind[len(of_this_kind) // 2:][:1]:
             kl = row["kl"] or [0.0] * len(row["response_ids"])      # GRPO has none
             text = "".join(tokenizer.decode([t]) + (f"⟨{k:.1f}⟩" if k >= 0.1 else "") for t, k in zip(row["response_ids"], kl))
-            tqdm.write(f"\n── {row['problem']}  [a = {row['answer']}, r = {row['reward']}, KL {sum(row['kl']):.2f}]\n{text}\n")
+            reference = f"a = {row['answer']}, " if row["answer"] else ""
+            tqdm.write(f"\n── {row['problem']}  [{reference}r = {row['reward']}, KL {sum(row['kl']):.2f}]\n{text}\n")
 
 
 def main(argv=None):
@@ -198,6 +201,7 @@ def main(argv=None):
     context, dtype = autocast(device)
     student = load_model(srt, tokenizer, device)
     teacher = load_model(srt, tokenizer, device, dtype).requires_grad_(False) if args.objective != "grpo" else None
+    check_room(student, tokenizer, [x["problem"] for x in problems], (2 if teacher else 1) * args.max_new_tokens)
     head, teacher_head = student.get_output_embeddings(), teacher and teacher.get_output_embeddings()
     resting_place = torch.device("cpu") if args.offload_teacher else device
     if args.gradient_checkpointing:
@@ -237,7 +241,7 @@ def main(argv=None):
                     hidden_t = completion_hidden(teacher, [r["reviser"] for r in part], [r["response_ids"] for r in part])      # [N, H]
                     teacher_hidden[i] = hidden_t.to(resting_place)
             teacher.to(resting_place)
-            teacher_head.to(device)
+            teacher_head.to(device)     # the KL needs it
 
         # ---- student: it reads x; the KL of each token is summed over the whole step, and divided by its tokens
         student.train()
@@ -250,6 +254,7 @@ def main(argv=None):
                 advantages = torch.tensor([r["advantage"] for r in part for _ in r["response_ids"]], device=device)     # [N]
                 grpo_backward(hidden, head, torch.tensor(sum(y, []), device=device), advantages, tokens, context, scaler.scale)
                 continue
+            # the gradient of token_kl(head(hidden), teacher_head(hidden_t)).sum() / tokens, without all logits at once
             kl = kl_backward(hidden, head, hidden_t, teacher_head, args.kl, tokens, context, scaler.scale, top_k=args.top_k)    # [N]
             for row, of_row in zip(part, kl.split(list(map(len, y)))):
                 row["kl"] = of_row.tolist()

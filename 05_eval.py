@@ -28,9 +28,9 @@ import re
 import time
 from pathlib import Path
 
-from common import (append_jsonl, arguments, at_least, autocast, check_ids, claim, completion_hidden, die, end_ids, finish, load_model,
-                    load_problems, load_tokenizer, meta_file, micro_batches, parse, pick_device, problem_file, prompt_ids, read_jsonl,
-                    revision_ids, row_seed, run, SAME, sample, same_answer, SCHEMA, stop_if_ungraded, verify_all, write_json)
+from common import (append_jsonl, arguments, at_least, autocast, check_ids, check_room, claim, completion_hidden, die, end_ids, finish,
+                    load_model, load_problems, load_tokenizer, meta_file, micro_batches, parse, pick_device, problem_file, prompt_ids,
+                    read_jsonl, revision_ids, row_seed, run, SAME, sample, same_answer, SCHEMA, stop_if_ungraded, verify_all, write_json)
 
 import numpy as np
 import torch
@@ -47,6 +47,7 @@ def evaluate(name, folder, tokenizer, problems, done, path, device, args):
     if len(done) == len(tasks):
         return done
     model, p_r = load_model(folder, tokenizer, device), {1: args.p_r_right, 0: args.p_r_wrong}
+    check_room(model, tokenizer, [x["problem"] for x in problems], 2 * args.max_new_tokens)
 
     def answer(batch, prefixes, stage, temperature):
         seeds = [row_seed(args.seed, stage, x["id"], k) for x, k in batch]          # the same noise for every checkpoint: paired

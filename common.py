@@ -140,6 +140,7 @@ def pick_device(name):
         die(f"--device {name} cannot be used here: {str(e).splitlines()[0]}")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+        torch.backends.cuda.enable_cudnn_sdp(False)     # cuDNN's attention plans anew for each new shape, and sampling has one a token
     return device if device.type in ("cpu", "cuda", "mps") else die(f"--device {name} is not supported: cpu, cuda or mps")
 
 
@@ -1014,6 +1015,14 @@ def load_model(name, tokenizer, device, dtype=torch.float32):
 def end_ids(model):
     ids = model.generation_config.eos_token_id
     return list(ids) if isinstance(ids, (list, tuple)) else [ids]
+
+
+def check_room(model, tokenizer, problems, new_tokens):
+    """Stop before sampling what may not fit: past the positions that a model was made for it writes noise, or fails."""
+    room = getattr(model.config, "max_position_embeddings", None)
+    longest = len(revision_ids(tokenizer, max(problems, key=len), [], 0)) + new_tokens
+    if room and longest > room:
+        die(f"a problem with all that is sampled for it can take {longest} tokens, the model has {room} positions; lower --max-new-tokens")
 
 
 @contextmanager

@@ -57,7 +57,7 @@ METHODS = {  # name: (label, commands, model, files that hold what was sampled f
     "sd_zero": ("SD-Zero: phases 1 and 2", [*PHASE_1, PHASE_2], "{M}", ON_SD_ZERO),
     "revision_only": ("SRT, L_revision alone", [*ANSWER, REVISE + " --objective revision --srt {M}"], "{M}", ON_SRT),
     "generation_only": ("SRT, L_generation alone", [*ANSWER, REVISE + " --objective generation --srt {M}"], "{M}", ON_SRT),
-    "unfiltered": ("SRT on all revisions, wrong ones too", [*ANSWER, REVISE + " --unfiltered --srt {M}"], "{M}", ON_SRT),
+    "unfiltered": ("SRT on all finished revisions, wrong ones too", [*ANSWER, REVISE + " --unfiltered --srt {M}"], "{M}", ON_SRT),
     "wrong_only": ("SRT on revisions of wrong answers alone",
                    [*ANSWER, "03_revise_sft.py --lr {srt} --verified {S}/verified.jsonl --revisions-right 0 --out {O} --srt {M}"],
                    "{M}", ["{S}/responses.jsonl", "{O}/revisions.jsonl"]),

@@ -28,7 +28,7 @@ def main(argv=None):
     g.add_argument("--max-new-tokens", default=320, type=at_least(1), help="(default: 320) [paper: 16384]")
     g.add_argument("--temperature", default=1.0, type=at_least(0.0),
                    help="0 is greedy (default: 1.0) [paper: 0.7; official code: 1.0 with top-p 0.9]")
-    g.add_argument("--batch-rows", default=384, type=at_least(1), help="answers sampled at once (default: 384): memory, not results")
+    g.add_argument("--batch-rows", default=384, type=at_least(1), help="answers sampled at once (default: 384): for memory")
     args = parse(p, argv)
     path = args.responses or args.out / "responses.jsonl"
 

@@ -111,7 +111,7 @@ def main(argv=None):
     g.add_argument("--revisions-right", default=1, type=at_least(0), help="of a right answer (default: 1) [paper: 3; official code: 0]")
     g.add_argument("--max-new-tokens", default=320, type=at_least(1), help="(default: 320) [paper: 16384]")
     g.add_argument("--temperature", default=1.0, type=at_least(0.0), help="(default: 1.0) [paper: 0.7; official code: 1.0 with top-p 0.9]")
-    g.add_argument("--batch-rows", default=384, type=at_least(1), help="answers sampled at once (default: 384): memory, not results")
+    g.add_argument("--batch-rows", default=384, type=at_least(1), help="answers sampled at once (default: 384): for memory")
     g = p.add_argument_group("training")
     g.add_argument("--srt", default=None, help="model folder to write (default: OUT/srt)")
     g.add_argument("--objective", default="srt", choices=["srt", "revision", "generation", "rft"],
@@ -121,7 +121,7 @@ def main(argv=None):
     g.add_argument("--lr", default=8e-4, type=at_least(0.0), help="peak; cosine with 5%% warm-up (default: 8e-4) [paper: 5e-6]")
     g.add_argument("--batch-size", default=32, type=at_least(1), help="tuples a step (default: 32)")
     g.add_argument("--micro-tokens", default=2048, type=at_least(1),
-                   help="at most so many in a forward pass, padding too (default: 2048): memory, not results")
+                   help="at most so many in a forward pass, padding too (default: 2048): for memory")
     g.add_argument("--gradient-checkpointing", action="store_true", help="less memory, one more forward pass")
     g.add_argument("--save-every", default=20, type=at_least(1), help="steps after which an interrupted training can go on (default: 20)")
     args = parse(p, argv)

@@ -148,7 +148,7 @@ def main(argv=None):
     g.add_argument("--rounds", default=1, type=at_least(1), help="rounds; after each, teacher := student (default: 1)")
     g.add_argument("--batch-size", default=64, type=at_least(1), help="answers a step (default: 64) [paper: 128]")
     g.add_argument("--micro-tokens", default=2048, type=at_least(1),
-                   help="at most so many in a forward pass, padding too (default: 2048): memory, not results")
+                   help="at most so many in a forward pass, padding too (default: 2048): for memory")
     g.add_argument("--gradient-checkpointing", action="store_true", help="less memory, one more forward pass of the student")
     g.add_argument("--offload-teacher", action="store_true", help="the teacher waits in the CPU's memory while the student works")
     g.add_argument("--kl", default="reverse", choices=["reverse", "forward", "mixed"],
@@ -158,7 +158,7 @@ def main(argv=None):
     g.add_argument("--warm-up", default=5, type=at_least(1), help="steps of linear warm-up (default: 5) [paper: 20]")
     g.add_argument("--max-new-tokens", default=320, type=at_least(1), help="(default: 320) [paper: 8192]")
     g.add_argument("--temperature", default=1.0, type=at_least(0.0), help="of sampling; only 1.0 is on-policy (default: 1.0) [paper: 0.7]")
-    g.add_argument("--batch-rows", default=384, type=at_least(1), help="answers sampled at once (default: 384): memory, not results")
+    g.add_argument("--batch-rows", default=384, type=at_least(1), help="answers sampled at once (default: 384): for memory")
     g.add_argument("--save-every", default=10, type=at_least(1),
                    help="steps after which an interrupted training can go on, and a best model is kept (default: 10)")
     g.add_argument("--show-every", default=20, type=at_least(1), help="print two samples with their KL every so many steps (default: 20)")
@@ -220,9 +220,10 @@ def main(argv=None):
         prompts = [prompt_ids(tokenizer, x["problem"]) for x in batch]
         seeds = [row_seed(args.seed, "distill", x["id"], step, *([i % args.n] if args.n > 1 else [])) for i, x in enumerate(batch)]
         answers = sample(student, prompts, seeds, args.max_new_tokens, args.temperature, args.batch_rows)
-        texts, rows = [tokenizer.decode(y, skip_special_tokens=True) for y in answers], []
+        texts = [tokenizer.decode(y, skip_special_tokens=True) for y in answers]
         rewards, verdicts, _ = zip(*verify_all(batch, texts))
         stop_if_ungraded(verdicts, any(x["kind"] == "code" for x in batch), f"{folder}, step {step}", least=8)
+        rows = []
         for x, generator, y, text, reward in zip(batch, prompts, answers, texts, rewards):
             seen, told = (solution[x["id"]], 1) if args.objective == "sdft" else (y, reward)
             reviser = revision_ids(tokenizer, x["problem"], seen, told, p_r)

@@ -263,7 +263,7 @@ def main(argv=None):
     g.add_argument("--k", default=4, type=at_least(1), help="of pass@k (default: 4) [paper: 8]")
     g.add_argument("--max-new-tokens", default=320, type=at_least(1), help="(default: 320) [paper: 32768]")
     g.add_argument("--temperature", default=1.0, type=at_least(0.0), help="(default: 1.0)")
-    g.add_argument("--batch-rows", default=384, type=at_least(1), help="answers sampled at once (default: 384): memory, not results")
+    g.add_argument("--batch-rows", default=384, type=at_least(1), help="answers sampled at once (default: 384): for memory")
     args = parse(p, argv)
     path = Path(args.eval or args.out / "eval.jsonl")
     summary_path = Path(args.summary or path.with_name(path.stem.replace("eval", "summary", 1) + ".json"))

@@ -105,7 +105,8 @@ def arguments(doc, limit=None):
                                                               "is the other embedded domain) [paper: open-r1/OpenR1-Math-220k]")
     g.add_argument("--out", default="runs/demo", type=Path, help="folder of this run's artifacts (default: runs/demo)")
     g.add_argument("--seed", default=0, type=int, help="of all sampling and shuffling (default: 0)")
-    g.add_argument("--limit", default=limit, type=at_least(1), help=f"read only the first so many rows (default: {limit or 'all'})")
+    g.add_argument("--limit", default=limit, type=at_least(1), help="use only the first so many rows "
+                   f"(04: of those that phase 1 left; default: {limit or 'all'})")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     g.add_argument("--overwrite", action="store_true", help="replace this stage's artifacts where they were made with other arguments")
     g.add_argument("--allow-code", action="store_true", help='run programs that the model wrote, for problems of kind "code", in a sandbox')
@@ -1085,8 +1086,8 @@ def backward_through_head(hidden, head, loss_of, context=nullcontext, scale=lamb
     """Backward of a loss on head(hidden), a chunk of positions at a time: [chunk, V] logits exist at once, not [N, V]. Returns the loss.
 
     loss_of(logits [n, V], at) is the part of the loss that the positions `at`, a slice of the N, make up; the loss is the sum of the parts.
-    Each part is taken back as far as the chunk's hidden states at once, and its logits are dropped; then the gradient of all hidden states
-    [N, H] goes through the model in one pass. So nothing is computed twice, and the result is that of all chunks together.
+    Each part's backward stops at its chunk's hidden states, and frees its logits; then the gradient of all hidden states [N, H] goes
+    through the model in one pass. Nothing is computed twice, and the result is that of all chunks together.
     context: of the head's forward (autocast); scale: applied to a part before its backward (GradScaler.scale), not to the loss returned.
     """
     chunk = chunk or max(1, 2**25 // head.weight.shape[0])  # 2^25 logits: 128 MB in float32
@@ -1161,7 +1162,7 @@ def stop_if_broken(history, folder, steps):
         die(f"{folder}: the gradients of {sum(broken)} of {len(broken)} steps are not finite, those of the last too. The last --save-every "
             "with a finite one is kept; another run with a lower --lr may do better")
     if broken[-1]:
-        warn(f"{folder}: step {history[-1]['step']} has no finite gradient and is skipped, the {sum(broken)}. of its kind")
+        warn(f"{folder}: step {history[-1]['step']} has no finite gradient and is skipped; {sum(broken)} so far")
 
 
 def warn(message):
@@ -1238,10 +1239,10 @@ def draw(logits, temperature, uniform):
 def sample(model, prefixes, seeds, max_new_tokens, temperature=1.0, batch_rows=384, progress=None):
     """One answer a prefix: a list of token ids, ending with an end token unless cut at max_new_tokens. temperature 0 is greedy.
 
-    Each row draws from its own stream of uniforms, so its answer depends on its neighbours only as far as they change the logits'
-    rounding. Rows that ended leave the batch (a quarter of it at a time, for leaving copies the rest). When a quarter of the batch is left,
-    these rows wait while the next batch starts, until there are enough of them for a batch of long answers; so batches wait for their
-    longest answers only when no others are left. At most 2 · batch_rows rows are in memory. progress: a tqdm bar, counting answers.
+    Each row draws from its own stream of uniforms: its neighbours change its answer only through the logits' rounding. Rows that ended
+    leave the batch, a quarter of it at a time, for leaving copies the rest. When a quarter is left, these rows wait while the next batch
+    runs; once enough wait, they go on as a batch of long answers. So batches wait for their longest answers only when no others are left.
+    At most 2 · batch_rows rows are in memory. progress: a tqdm bar, counting answers.
     """
     was_training, ends = model.training, set(end_ids(model))
     model.eval()

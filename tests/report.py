@@ -90,7 +90,7 @@ def tables(runs, searches, methods, claims):
     m, cores = some["metrics"], f"{some['threads']} core{'s' * (some['threads'] > 1)}"
     lines = [f"{seeds} seeds, {m['problems']} test problems, n = {m['n']}, k = {m['k']}; mean ± standard error over seeds. "
              "*Mended*: of its own wrong answers, those that the model makes right when told so. *Answers*, *tokens*: sampled for training "
-             "(not those whose problems are only left out). "
+             "(where phase 2 starts from the base, phase 1's answers, which only say what problems to leave out, are not counted). "
              f"*Minutes*: of {cores}, sampling and training, without evaluation."]
     code = [name for name in methods if name in runs and name.startswith("code_")]
     core = [name for name in CORE if name in runs]
@@ -111,6 +111,7 @@ def tables(runs, searches, methods, claims):
         if verdict := judge(of_seeds):
             scale, digits, unit = {"phrases": (1, 2, "phrases"), "mean_tokens": (1, 1, "tokens")}.get(metric, (100, 1, "points"))
             unit += f" ({len(of_seeds)} seeds)" if len(of_seeds) < seeds else ""
+            digits += f"{scale * verdict[1]:.{digits}f}" == f"{0:.{digits}f}"       # "± 0.0" says nothing
             difference = f"{scale * verdict[0]:+.{digits}f} ± {scale * verdict[1]:.{digits}f} {unit}"
             lines.append(f"| {claim} | {text} | {difference} | **{verdict[2]}** |")
 

@@ -15,8 +15,8 @@ import time
 
 from tqdm import tqdm
 
-from common import (append_jsonl, arguments, at_least, check_room, claim, die, end_ids, finish, load_model, load_problems, load_tokenizer,
-                    parse, pick_device, problem_file, prompt_ids, row_seed, run, sample)
+from common import (append_jsonl, arguments, at_least, claim, die, end_ids, finish, load_model, load_problems, load_tokenizer, parse,
+                    pick_device, problem_file, prompt_ids, row_seed, run, sample)
 
 
 def main(argv=None):
@@ -28,7 +28,7 @@ def main(argv=None):
     g.add_argument("--max-new-tokens", default=320, type=at_least(1), help="(default: 320) [paper: 16384]")
     g.add_argument("--temperature", default=1.0, type=at_least(0.0),
                    help="0 is greedy (default: 1.0) [paper: 0.7; official code: 1.0 with top-p 0.9]")
-    g.add_argument("--batch-rows", default=384, type=at_least(1), help="answers sampled at once (default: 384): for memory")
+    g.add_argument("--batch-rows", default=384, type=at_least(1), help="answers sampled at once (default: 384); less if memory runs out")
     args = parse(p, argv)
     path = args.responses or args.out / "responses.jsonl"
 
@@ -45,7 +45,6 @@ def main(argv=None):
 
     # ---- sample
     began, model = time.time(), load_model(args.model, tokenizer, device)
-    check_room(model, tokenizer, [x["problem"] for x in problems], args.max_new_tokens)
     block, finished, tokens = 4 * args.batch_rows, 0, 0
     # A torn block is sampled again, so that an answer's neighbours are those that it would have had.
     start = len(done) // block * block if len(done) < len(tasks) else len(tasks)

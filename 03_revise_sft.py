@@ -23,9 +23,9 @@ from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 
-from common import (append_jsonl, arguments, at_least, autocast, backward_through_head, check_code, check_ids, check_room, claim,
-                    completion_hidden, die, end_ids, finish, load_model, load_state, load_tokenizer, micro_batches, parse, pick_device,
-                    prompt_ids, read_jsonl, remove, revision_ids, row_seed, run, sample, save_model, save_state, stop_if_broken,
+from common import (append_jsonl, arguments, at_least, autocast, backward_through_head, check_code, check_ids, claim, completion_hidden,
+                    die, end_ids, finish, load_model, load_state, load_tokenizer, micro_batches, parse, pick_device, prompt_ids,
+                    read_jsonl, remove, revision_ids, row_seed, run, sample, save_model, save_state, stop_if_broken,
                     stop_if_ungraded, update, verify_all)
 
 import torch
@@ -46,7 +46,8 @@ def collect(path, rows, done, model, tokenizer, args):
     tasks = revision_tasks(rows, args.revisions_wrong, args.revisions_right)
     if [(r["id"], r["sample"], r["revision"]) for r in done] != [(r["id"], r["sample"], k) for r, k in tasks[:len(done)]]:
         die(f"{path} does not hold the revisions of these answers in their order; remove it to make it again")
-    seen = {(r["id"], r["sample"], tuple(r["revised_ids"])) for r in done if r["revised_finished"]}
+    graded = lambda finished, verdict: finished and verdict not in ("timeout", "error")     # a copy of such may fare better
+    seen = {(r["id"], r["sample"], tuple(r["revised_ids"])) for r in done if graded(r["revised_finished"], r["revised_verdict"])}
     if len(done) == len(tasks):
         return done
     block, kept = 4 * args.batch_rows, Counter(r["kept"] for r in done)
@@ -62,7 +63,7 @@ def collect(path, rows, done, model, tokenizer, args):
         for (row, k), ids, text, (reward, verdict, _) in zip(batch, revisions, texts, verify_all([row for row, _ in batch], texts)):
             finished, key = ids[-1] in end_ids(model), (row["id"], row["sample"], tuple(ids))
             why = "revision cut" if not finished else "duplicate" if key in seen else "yes" if reward else "revision " + verdict
-            if finished:
+            if graded(finished, verdict):
                 seen.add(key)
             kept[why] += 1
             out.append({**row, "revision": k, "p_r": p_r[row["reward"]], "revised": text, "revised_ids": ids,
@@ -88,7 +89,7 @@ def srt_backward(model, batch, objective, n_revision, n_generation, context=null
 
     Both losses read the same sequence [x, y_init, P_r, y_revised] and differ in the tokens that they score, so one pass serves both. With
     the whole step's n_revision tokens of y_revised and n_generation of [y_init, P_r, y_revised], a token's -log π weighs 1 / n_generation,
-    and in y_revised 1 / n_revision more.
+    and in y_revised 1 / n_revision more (with one of the losses alone, its weight alone).
     """
     prompts, attempts, revised = zip(*batch)
     completions = [a + r for a, r in zip(attempts, revised)]
@@ -111,7 +112,7 @@ def main(argv=None):
     g.add_argument("--revisions-right", default=1, type=at_least(0), help="of a right answer (default: 1) [paper: 3; official code: 0]")
     g.add_argument("--max-new-tokens", default=320, type=at_least(1), help="(default: 320) [paper: 16384]")
     g.add_argument("--temperature", default=1.0, type=at_least(0.0), help="(default: 1.0) [paper: 0.7; official code: 1.0 with top-p 0.9]")
-    g.add_argument("--batch-rows", default=384, type=at_least(1), help="answers sampled at once (default: 384): for memory")
+    g.add_argument("--batch-rows", default=384, type=at_least(1), help="answers sampled at once (default: 384); less if memory runs out")
     g = p.add_argument_group("training")
     g.add_argument("--srt", default=None, help="model folder to write (default: OUT/srt)")
     g.add_argument("--objective", default="srt", choices=["srt", "revision", "generation", "rft"],
@@ -121,7 +122,7 @@ def main(argv=None):
     g.add_argument("--lr", default=8e-4, type=at_least(0.0), help="peak; cosine with 5%% warm-up (default: 8e-4) [paper: 5e-6]")
     g.add_argument("--batch-size", default=32, type=at_least(1), help="tuples a step (default: 32)")
     g.add_argument("--micro-tokens", default=2048, type=at_least(1),
-                   help="at most so many in a forward pass, padding too (default: 2048): for memory")
+                   help="at most so many in a forward pass, padding too (default: 2048); less if memory runs out")
     g.add_argument("--gradient-checkpointing", action="store_true", help="less memory, one more forward pass")
     g.add_argument("--save-every", default=20, type=at_least(1), help="steps after which an interrupted training can go on (default: 20)")
     args = parse(p, argv)
@@ -154,7 +155,6 @@ def main(argv=None):
             check_ids(path, done, tokenizer, field)
         model = load_model(args.model, tokenizer, device)
         cut = sum(not r["finished"] for r in rows)
-        check_room(model, tokenizer, [r["problem"] for r in rows], max(len(r["response_ids"]) for r in rows) + args.max_new_tokens)
         rows = collect(path, rows, done, model, tokenizer, args)
         stop_if_ungraded([r["revised_verdict"] for r in rows], any_code, path)
         counts = Counter(r["kept"] for r in rows)

@@ -27,9 +27,9 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-from common import (append_jsonl, arguments, at_least, autocast, backward_through_head, check_ids, check_room, claim, completion_hidden,
+from common import (append_jsonl, arguments, at_least, autocast, backward_through_head, check_ids, claim, completion_hidden,
                     die, end_ids, finish, load_model, load_problems, load_state, load_tokenizer, micro_batches, parse, pick_device,
-                    problem_file, prompt_ids, read_jsonl, remove, revision_ids, row_seed, run, sample, save_model, save_state,
+                    positions, problem_file, prompt_ids, read_jsonl, remove, revision_ids, row_seed, run, sample, save_model, save_state,
                     stop_if_broken, stop_if_ungraded, update, verify_all, warn)
 
 import torch
@@ -103,8 +103,8 @@ def best_of(history, every):
     return every * (1 + max(range(len(right)), key=lambda i: (right[i], i)))
 
 
-def trouble(history, window, every):
-    """A warning if training goes wrong, else None. Asked after each step, answers every `window` steps."""
+def trouble(history, window, every, answers):
+    """A warning if training, in steps of so many answers, goes wrong, else None. Asked after each step, answers every `window` steps."""
     mean, last = lambda rows, key: sum(m[key] for m in rows) / len(rows), history[-window:]
     small = lambda m: m["gradient_norm"] is not None and m["gradient_norm"] < 1e-6 or m["kl"] is not None and m["kl"] < 1e-4
     if len(history) == 3 and all(map(small, history)):
@@ -115,10 +115,12 @@ def trouble(history, window, every):
         return f"every answer of the last {window} steps was cut; --max-new-tokens may be too small"
     if mean(last, "accuracy") in (0, 1):
         return f"of the last {window} steps all answers are {'right' if last[0]['accuracy'] else 'wrong'}: the reward tells nothing apart"
-    best = max(mean(history[b:b + window], "accuracy") for b in range(0, len(history), window))
-    if mean(last, "accuracy") < 0.85 * best:
-        share = f"{mean(last, 'accuracy'):.1%} of the last {window} steps' answers are right, {best:.1%} of {window} earlier ones'"
-        return share + (f"; it was best after step {best_of(history, every)}" if len(history) >= every else "")
+    now, best = mean(last, "accuracy"), max(mean(history[b:b + window], "accuracy") for b in range(0, len(history), window))
+    error = (2 * best * (1 - best) / (window * answers)) ** 0.5     # of the difference of two such means
+    if best - now > max(0.15 * best, 3 * error):
+        after = best_of(history, every) if len(history) >= every else len(history)
+        return f"of the last {window} steps' answers {now:.1%} are right, in the best {window} steps {best:.1%} were" \
+            + (f"; it was best after step {after}" if after < len(history) else "")
     return None
 
 
@@ -148,7 +150,7 @@ def main(argv=None):
     g.add_argument("--rounds", default=1, type=at_least(1), help="rounds; after each, teacher := student (default: 1)")
     g.add_argument("--batch-size", default=64, type=at_least(1), help="answers a step (default: 64) [paper: 128]")
     g.add_argument("--micro-tokens", default=2048, type=at_least(1),
-                   help="at most so many in a forward pass, padding too (default: 2048): for memory")
+                   help="at most so many in a forward pass, padding too (default: 2048); less if memory runs out")
     g.add_argument("--gradient-checkpointing", action="store_true", help="less memory, one more forward pass of the student")
     g.add_argument("--offload-teacher", action="store_true", help="the teacher waits in the CPU's memory while the student works")
     g.add_argument("--kl", default="reverse", choices=["reverse", "forward", "mixed"],
@@ -158,7 +160,7 @@ def main(argv=None):
     g.add_argument("--warm-up", default=5, type=at_least(1), help="steps of linear warm-up (default: 5) [paper: 20]")
     g.add_argument("--max-new-tokens", default=320, type=at_least(1), help="(default: 320) [paper: 8192]")
     g.add_argument("--temperature", default=1.0, type=at_least(0.0), help="of sampling; only 1.0 is on-policy (default: 1.0) [paper: 0.7]")
-    g.add_argument("--batch-rows", default=384, type=at_least(1), help="answers sampled at once (default: 384): for memory")
+    g.add_argument("--batch-rows", default=384, type=at_least(1), help="answers sampled at once (default: 384); less if memory runs out")
     g.add_argument("--save-every", default=10, type=at_least(1),
                    help="steps after which an interrupted training can go on, and a best model is kept (default: 10)")
     g.add_argument("--show-every", default=20, type=at_least(1), help="print two samples with their KL every so many steps (default: 20)")
@@ -201,7 +203,6 @@ def main(argv=None):
     context, dtype = autocast(device)
     student = load_model(srt, tokenizer, device)
     teacher = load_model(srt, tokenizer, device, dtype).requires_grad_(False) if args.objective != "grpo" else None
-    check_room(student, tokenizer, [x["problem"] for x in problems], (2 if teacher else 1) * args.max_new_tokens)
     head, teacher_head = student.get_output_embeddings(), teacher and teacher.get_output_embeddings()
     resting_place = torch.device("cpu") if args.offload_teacher else device
     if args.gradient_checkpointing:
@@ -231,7 +232,11 @@ def main(argv=None):
         if args.objective == "grpo":
             for row, advantage in zip(rows, advantages_of([r["reward"] for r in rows], args.n)):
                 row["advantage"] = advantage
-        parts = micro_batches(rows, lambda r: len(r["reviser"]) + len(r["response_ids"]), args.micro_tokens)
+        length = lambda r: len(r["reviser" if teacher else "generator"]) + len(r["response_ids"])
+        fits = [r for r in rows if length(r) <= positions(student)]     # the others are not learned from, but counted
+        if not fits:
+            die(f"{folder}, step {step}: no answer fits the model's {positions(student)} positions twice; lower --max-new-tokens")
+        parts, tokens = micro_batches(fits, length, args.micro_tokens), sum(len(r["response_ids"]) for r in fits)
 
         # ---- teacher: it reads x, y, P_r; hidden states where it predicts the second y
         teacher_hidden = [None] * len(parts)
@@ -246,7 +251,6 @@ def main(argv=None):
 
         # ---- student: it reads x; the KL of each token is summed over the whole step, and divided by its tokens
         student.train()
-        tokens = sum(map(len, answers))
         for part, hidden_t in zip(parts, teacher_hidden):
             y = [r["response_ids"] for r in part]
             with context():
@@ -265,18 +269,19 @@ def main(argv=None):
         norm = update(student, optimizer, scaler)
 
         # ---- what happened
-        mean = lambda values: sum(values) / len(values) if values else None
+        mean, sampled = lambda values: sum(values) / len(values) if values else None, sum(map(len, answers))
         kl_by_r = {bit: [k for r in rows if r["reward"] == bit for k in r["kl"]] for bit in (0, 1)}
         metrics = {"round": step // args.steps, "step": step, "accuracy": mean([r["reward"] for r in rows]),
                    "kl": mean(kl_by_r[0] + kl_by_r[1]), "kl_r0": mean(kl_by_r[0]), "kl_r1": mean(kl_by_r[1]),
-                   "mean_tokens": tokens / len(rows), "finished": mean([y[-1] in end_ids(student) for y in answers]), "gradient_norm": norm,
+                   "mean_tokens": sampled / len(rows), "finished": mean([y[-1] in end_ids(student) for y in answers]),
+                   "too_long": len(rows) - len(fits), "gradient_norm": norm,
                    "said_wrong": mean([r["response"].count(p_r[0]) for r in rows]),
                    "said_right": mean([r["response"].count(p_r[1]) for r in rows]),
-                   "lr": lr, "tokens": tokens, "seconds": time.time() - began, "problems": [x["id"] for x in batches[step]]}
+                   "lr": lr, "tokens": sampled, "seconds": time.time() - began, "problems": [x["id"] for x in batches[step]]}
         append_jsonl(log, [metrics])
         history.append(metrics)
         stop_if_broken(history, folder, steps)
-        if message := trouble(history, min(10, steps), args.save_every):
+        if message := trouble(history, min(10, steps), args.save_every, args.batch_size):
             warn(f"{folder}: {message}")
         progress.set_postfix(accuracy=f"{metrics['accuracy']:.0%}", kl=metrics["kl"], tokens=f"{metrics['mean_tokens']:.0f}")
         if step % args.show_every == 0:

@@ -28,8 +28,8 @@ import re
 import time
 from pathlib import Path
 
-from common import (append_jsonl, arguments, at_least, autocast, check_ids, check_room, claim, completion_hidden, die, end_ids, finish,
-                    load_model, load_problems, load_tokenizer, meta_file, micro_batches, parse, pick_device, problem_file, prompt_ids,
+from common import (append_jsonl, arguments, at_least, autocast, check_ids, claim, completion_hidden, die, end_ids, finish, load_model,
+                    load_problems, load_tokenizer, meta_file, micro_batches, parse, pick_device, positions, problem_file, prompt_ids,
                     read_jsonl, revision_ids, row_seed, run, SAME, sample, same_answer, SCHEMA, stop_if_ungraded, verify_all, write_json)
 
 import numpy as np
@@ -47,7 +47,6 @@ def evaluate(name, folder, tokenizer, problems, done, path, device, args):
     if len(done) == len(tasks):
         return done
     model, p_r = load_model(folder, tokenizer, device), {1: args.p_r_right, 0: args.p_r_wrong}
-    check_room(model, tokenizer, [x["problem"] for x in problems], 2 * args.max_new_tokens)
 
     def answer(batch, prefixes, stage, temperature):
         seeds = [row_seed(args.seed, stage, x["id"], k) for x, k in batch]          # the same noise for every checkpoint: paired
@@ -86,12 +85,17 @@ def evaluate(name, folder, tokenizer, problems, done, path, device, args):
 
 @torch.no_grad()
 def reviser_kl(model, tokenizer, rows, p_r):
-    """{kl, kl_reward} of each row's answer, a number a token; one model is the student and, having read the answer and P_r, the teacher."""
-    out, head, at_once, (context, _) = [{}] * len(rows), model.get_output_embeddings(), 2**25 // len(tokenizer), autocast(model.device)
-    for part in micro_batches(range(len(rows)), lambda i: 2 * len(rows[i]["response_ids"]), 4096):
+    """{kl, kl_reward} of each row's answer, a number a token; one model is the student and, having read the answer and P_r, the teacher.
+
+    Empty where this is longer than the model's positions.
+    """
+    out, head, at_once, (context, _) = [{"kl": [], "kl_reward": []}] * len(rows), model.get_output_embeddings(), 2**25 // len(tokenizer), \
+        autocast(model.device)
+    revisers = [revision_ids(tokenizer, r["problem"], r["response_ids"], r["reward"], p_r) for r in rows]
+    length = lambda i: len(revisers[i]) + len(rows[i]["response_ids"])
+    for part in micro_batches([i for i in range(len(rows)) if length(i) <= positions(model)], length, 4096):
         y = [rows[i]["response_ids"] for i in part]
-        generator = [prompt_ids(tokenizer, rows[i]["problem"]) for i in part]
-        reviser = [revision_ids(tokenizer, rows[i]["problem"], rows[i]["response_ids"], rows[i]["reward"], p_r) for i in part]
+        generator, reviser = [prompt_ids(tokenizer, rows[i]["problem"]) for i in part], [revisers[i] for i in part]
         kls, rewards, tokens = [], [], torch.tensor(sum(y, []), device=model.device)                                            # [N]
         with context():
             student, teacher = completion_hidden(model, generator, y), completion_hidden(model, reviser, y)                     # [N, H]
@@ -187,8 +191,8 @@ def summarise(name, rows, k, p_r):
             "phrases": len(said) / len(rows), "phrases_true": mean([s == t for s, t in said]),
             "wrong_after_wrong": mean([s == 0 for s, t in said if t == 0]), "wrong_after_right": mean([s == 0 for s, t in said if t == 1]),
             **{f"{key}_se": error for key, (_, error) in rates.items()}, "pass_at": [rate(pass_at(k), float)[0] for k in range(1, n + 1)],
-            "kl_wrong": spread_of([r["kl"] for r in rows if "kl" in r and r["finished"] and not r["reward"]]),
-            "kl_right": spread_of([r["kl"] for r in rows if "kl" in r and r["finished"] and r["reward"]])}
+            "kl_wrong": spread_of([r["kl"] for r in rows if r.get("kl") and r["finished"] and not r["reward"]]),
+            "kl_right": spread_of([r["kl"] for r in rows if r.get("kl") and r["finished"] and r["reward"]])}
 
 
 def print_table(summary):
@@ -243,9 +247,10 @@ def show_token_kl(rows, tokenizer, path):
     page = ["<!DOCTYPE html><meta charset='utf-8'><title>token KL reward</title><style>pre{border:1px solid; padding:1em}</style>"
             "<p>Red: the reviser, who has read the answer and its reward, would not write this token. Blue: it would all the more."]
     for bit in (0, 1):
-        kind = sorted((r for r in rows if "kl" in r and r["finished"] and r["reward"] == bit), key=lambda r: len(r["response_ids"]))
+        kind = sorted((r for r in rows if r.get("kl") and r["finished"] and r["reward"] == bit), key=lambda r: len(r["response_ids"]))
         for i, r in enumerate(kind[len(kind) // 2:][:4]):
-            title = f"{r['checkpoint']}: {r['problem']}  [a = {r['answer']}, r = {r['reward']}, KL {sum(r['kl']):.2f} nats]"
+            reference = f"a = {r['answer']}, " if r["answer"] else ""
+            title = f"{r['checkpoint']}: {r['problem']}  [{reference}r = {r['reward']}, KL {sum(r['kl']):.2f} nats]"
             page.append(f"<p>{html.escape(title)}<pre>{coloured(r, tokenizer, in_html)}</pre>")
             if i == 0:
                 print(f"\n── {title}\n{coloured(r, tokenizer, on_terminal)}")
@@ -263,7 +268,7 @@ def main(argv=None):
     g.add_argument("--k", default=4, type=at_least(1), help="of pass@k (default: 4) [paper: 8]")
     g.add_argument("--max-new-tokens", default=320, type=at_least(1), help="(default: 320) [paper: 32768]")
     g.add_argument("--temperature", default=1.0, type=at_least(0.0), help="(default: 1.0)")
-    g.add_argument("--batch-rows", default=384, type=at_least(1), help="answers sampled at once (default: 384): for memory")
+    g.add_argument("--batch-rows", default=384, type=at_least(1), help="answers sampled at once (default: 384); less if memory runs out")
     args = parse(p, argv)
     path = Path(args.eval or args.out / "eval.jsonl")
     summary_path = Path(args.summary or path.with_name(path.stem.replace("eval", "summary", 1) + ".json"))

@@ -1018,12 +1018,9 @@ def end_ids(model):
     return list(ids) if isinstance(ids, (list, tuple)) else [ids]
 
 
-def check_room(model, tokenizer, problems, new_tokens):
-    """Stop before sampling what may not fit: past the positions that a model was made for it writes noise, or fails."""
-    room = getattr(model.config, "max_position_embeddings", None)
-    longest = len(revision_ids(tokenizer, max(problems, key=len), [], 0)) + new_tokens
-    if room and longest > room:
-        die(f"a problem with all that is sampled for it can take {longest} tokens, the model has {room} positions; lower --max-new-tokens")
+def positions(model):
+    """How many tokens a sequence may have: beyond the positions that it was made for a model writes noise, or fails."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 @contextmanager
@@ -1237,8 +1234,9 @@ def draw(logits, temperature, uniform):
 
 @torch.no_grad()    # in inference_mode autocast keeps no copy of the weights: they would be cast at every token
 def sample(model, prefixes, seeds, max_new_tokens, temperature=1.0, batch_rows=384, progress=None):
-    """One answer a prefix: a list of token ids, ending with an end token unless cut at max_new_tokens. temperature 0 is greedy.
+    """One answer a prefix: a list of token ids. temperature 0 is greedy.
 
+    It ends with an end token unless it is cut, at max_new_tokens or where the model's positions end; it has at least one token.
     Each row draws from its own stream of uniforms: its neighbours change its answer only through the logits' rounding. Rows that ended
     leave the batch, a quarter of it at a time, for leaving copies the rest. When a quarter is left, these rows wait while the next batch
     runs; once enough wait, they go on as a batch of long answers. So batches wait for their longest answers only when no others are left.
@@ -1246,7 +1244,8 @@ def sample(model, prefixes, seeds, max_new_tokens, temperature=1.0, batch_rows=3
     """
     was_training, ends = model.training, set(end_ids(model))
     model.eval()
-    noise = [np.random.default_rng(seed).random(max_new_tokens, np.float32) for seed in seeds]
+    limits = [max(1, min(max_new_tokens, positions(model) - len(p))) for p in prefixes]
+    noise = [np.random.default_rng(seed).random(n, np.float32) for seed, n in zip(seeds, limits, strict=True)]
     answers, ended = [[] for _ in prefixes], [False] * len(prefixes)
     queue = sorted(range(len(prefixes)), key=lambda i: (len(prefixes[i]), prefixes[i]))     # like lengths, and equal prefixes, together
     waiting = []                                                                            # [(rows, cache), ...]
@@ -1266,12 +1265,12 @@ def sample(model, prefixes, seeds, max_new_tokens, temperature=1.0, batch_rows=3
                 mask = (torch.arange(T, device=model.device) >= T - length).long()                                      # [B, T]
                 ids = torch.tensor([[(answers[i] or prefixes[i])[-1]] for i in rows], device=model.device)              # [B, 1]
                 logits = model(input_ids=ids, attention_mask=mask, position_ids=length - 1, past_key_values=cache).logits[:, -1]    # [B, V]
-                uniform = np.array([[noise[i][min(len(answers[i]), max_new_tokens - 1)]] for i in rows]).clip(1e-8)     # a 0 takes token 0
+                uniform = np.array([[noise[i][min(len(answers[i]), limits[i] - 1)]] for i in rows]).clip(1e-8)     # a 0 takes token 0
                 token = draw(logits, temperature, torch.from_numpy(uniform).to(model.device))                           # [B]
                 for i, t in zip(rows, token.tolist()):
                     if not ended[i]:                        # rows that ended stay until enough of them can leave
                         answers[i].append(t)
-                        ended[i] = t in ends or len(answers[i]) == max_new_tokens
+                        ended[i] = t in ends or len(answers[i]) == limits[i]
                 alive = [j for j, i in enumerate(rows) if not ended[i]]
                 if len(alive) <= max(few, 3 * len(rows) // 4):
                     if progress is not None:

@@ -172,7 +172,7 @@ def run(name, seed, out, rates, split="test", miniature=False):
         curves = {k: [round(r[k], 4) if r[k] is not None else None for r in steps] for k in CURVES}
     metrics, = json.loads(Path(f"{at['M']}_{split}_summary.json").read_text())
     rows, tokenizer = rows_of(f"{at['M']}_{split}_eval.jsonl"), common.load_tokenizer(model.format(**at))
-    wrong = [r for r in rows if "kl" in r and r["finished"] and not r["reward"]]
+    wrong = [r for r in rows if r.get("kl") and r["finished"] and not r["reward"]]
     example = min(wrong, key=lambda r: abs(len(r["response_ids"]) - 80), default=None)      # of a length that can be printed
     if example:
         example = {**{k: example[k] for k in ("problem", "answer", "kl", "kl_reward")},
@@ -218,7 +218,7 @@ def mistakes(rows, tokenizer):
     """
     edits, found = load("data/make_data.py").EDITS, []
     for row in rows:
-        known = row.get("kind") != "code" and "kl" in row and row["finished"] and not row["reward"]
+        known = row.get("kind") != "code" and row.get("kl") and row["finished"] and not row["reward"]
         place = first_mistake(row, edits) if known else None
         if place:
             ends = np.cumsum([len(tokenizer.decode([t])) for t in row["response_ids"]])

@@ -86,6 +86,14 @@ def test_sample_ends_at_the_end_token_or_at_the_limit(model, tokenizer, problems
         assert y[-1] == tokenizer.eos_token_id or len(y) == 80
 
 
+def test_sample_cuts_a_row_where_the_models_positions_end(model, tokenizer, problems, monkeypatch):
+    prompts, seeds = prompts_of(tokenizer, problems, 8)
+    whole, room = sample(model, prompts, seeds, 60), max(map(len, prompts)) + 20
+    monkeypatch.setattr(model.config, "max_position_embeddings", room)
+    assert sample(model, prompts, seeds, 60) == [y[:room - len(p)] for p, y in zip(prompts, whole)]
+    assert [len(y) for y in sample(model, [[5] * (room + 2)], [0], 60)] == [1]
+
+
 def test_sample_greedy_is_generates_greedy(model, tokenizer, problems):
     model.generation_config.eos_token_id = [10**6]    # which does not come: so long that the cache must grow several times
     prompts, seeds = prompts_of(tokenizer, problems, 6)

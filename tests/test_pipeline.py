@@ -270,23 +270,28 @@ def test_of_copies_of_a_revision_one_is_kept_right_or_wrong(stages, mini, tmp_pa
     assert all((r["kept"] == "duplicate") == (r["revision"] > 0) for r in rows)
 
 
-def test_what_cannot_fit_the_models_positions_is_not_sampled(stages, mini, tmp_path, capsys):
-    assert "lower --max-new-tokens" in refused(stages[1], [*MINI[1], "--max-new-tokens", 2048, "--out", tmp_path], capsys)
+def test_answers_that_do_not_fit_the_models_positions_twice_are_not_learned_from(stages, mini, tmp_path):
     for name in ("verified.jsonl", "verified.meta.json", "srt", "srt.meta.json"):
         (shutil.copytree if name == "srt" else shutil.copy)(mini / name, tmp_path / name)
-    for i, tokens, *more in ((3, 2000), (4, 1024), (5, 1024, "--checkpoints", f"base={ROOT / 'data/base'}")):
-        flags = [*MINI[i], "--max-new-tokens", tokens, *more, "--out", tmp_path]
-        assert "2048 positions" in refused(stages[i], flags, capsys)
+    config = tmp_path / "srt/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 200}))
+    stages[4].main([*MINI[4], "--mix", "--out", str(tmp_path)])
+    log = rows_of(tmp_path / "distill.jsonl")
+    assert all(0 < r["too_long"] < 8 and r["kl"] > 0 for r in log)
+    stages[5].main([*MINI[5], "--mix", "--checkpoints", f"srt={tmp_path / 'srt'}", "--out", str(tmp_path)])
+    asked = [r for r in rows_of(tmp_path / "eval.jsonl") if r["sample"] == 0]
+    assert {bool(r["kl"]) for r in asked} == {True, False} and all(len(r["kl"]) in (0, len(r["response_ids"])) for r in asked)
 
 
 def test_what_goes_wrong_in_distillation_is_said(stages):
     row = lambda **more: {"gradient_norm": 1.0, "finished": 0.9, "accuracy": 0.5, "kl": 0.1, **more}
-    say = lambda rows: stages[4].trouble(rows, 4, 4)
+    say = lambda rows: stages[4].trouble(rows, 4, 4, 64)
     assert say([row()] * 4) is None and say([row()] * 5) is None and say([row(kl=None)] * 3) is None
     assert all("nothing to learn" in say([small] * 3) and say([small] * 2) is None for small in (row(gradient_norm=1e-9), row(kl=1e-6)))
     assert "cut" in say([row(finished=0)] * 4) and "wrong" in say([row(accuracy=0)] * 4) and "right" in say([row(accuracy=1)] * 4)
     history = [row()] * 4 + [row(accuracy=0.8)] * 4 + [row(accuracy=0.5)] * 4     # as good as at the start, and far below what it was
-    assert "50.0% of the last" in say(history) and "after step 8" in say(history) and stages[4].best_of(history[:11], 4) == 8
+    assert "50.0% are right" in say(history) and "after step 8" in say(history) and stages[4].best_of(history[:11], 4) == 8
+    assert say([row(accuracy=0.1)] * 4 + [row(accuracy=0.08)] * 4) is None      # five of 256 answers: by chance
 
 
 # ---------------------------------------------------------------- a user's mistakes: one line, exit code 2, nothing overwritten

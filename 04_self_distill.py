@@ -12,8 +12,8 @@ A step's loss is the sum over all its tokens, divided by their number.
 The teacher has read the whole answer and whether it was right; the student has not. That is all the supervision there is: one bit an
 answer becomes a distribution at every token. The gradient goes through the student only, and not through sampling. The teacher is frozen
 at θ_SRT; each further round starts with teacher := student.
-srt/ + problems that phase 1 did not use → sd_zero/, sd_zero.best/ (after the batches that were right most often, for when accuracy falls
-later), and distill.jsonl, a row an optimiser step.
+srt/ + problems that phase 1 did not use → sd_zero/, sd_zero.best/ (at the save whose last three batches were right most often, for when
+accuracy falls later), and distill.jsonl, a row an optimiser step.
 Baselines in the same loop: --objective sdft, whose teacher has read a right answer instead of y and its reward; --objective grpo, with no
 teacher: L = -Σ_t A log π_θ(y_t | x, y_<t), A = (r - mean) / standard deviation of the --n answers to x (on-policy, so no clipping; no KL
 to the start; token mean over the step).
@@ -98,9 +98,9 @@ def batches_of(problems, steps, size, seed):
 
 
 def best_of(history, every):
-    """After how many steps, a multiple of `every`, the `every` batches before were right most often."""
-    right = [sum(m["accuracy"] for m in history[b:b + every]) for b in range(0, len(history) - every + 1, every)]
-    return every * (1 + max(range(len(right)), key=lambda i: (right[i], i)))
+    """After how many steps, a multiple of `every`, the last three batches (or `every`, if fewer) were right most often."""
+    right = {s: sum(m["accuracy"] for m in history[max(s - 3, s - every):s]) for s in range(every, len(history) + 1, every)}
+    return max(right, key=lambda s: (right[s], s))
 
 
 def trouble(history, window, every, answers):

@@ -283,6 +283,12 @@ def test_answers_that_do_not_fit_the_models_positions_twice_are_not_learned_from
     assert {bool(r["kl"]) for r in asked} == {True, False} and all(len(r["kl"]) in (0, len(r["response_ids"])) for r in asked)
 
 
+def test_the_best_model_is_not_one_that_fell_at_the_end_of_a_good_stretch(stages):
+    history = [{"accuracy": a} for a in [0.7] * 10 + [0.95] * 7 + [0.5] * 3]
+    assert stages[4].best_of(history, 10) == 10 and stages[4].best_of(history[:17] + [{"accuracy": 0.8}] * 3, 10) == 20
+    assert stages[4].best_of(history, 1) == 17
+
+
 def test_what_goes_wrong_in_distillation_is_said(stages):
     row = lambda **more: {"gradient_norm": 1.0, "finished": 0.9, "accuracy": 0.5, "kl": 0.1, **more}
     say = lambda rows: stages[4].trouble(rows, 4, 4, 64)

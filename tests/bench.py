@@ -221,7 +221,8 @@ def step(repeats):
     attempts = [tokenizer.decode(y, skip_special_tokens=True) for y in common.sample(model, prefix, range(size), L_MAX)]
     contestants = {"ours": lambda: steps_of_ours(repeats + 1, size)}
     if installed("trl"):    # rows a forward pass: all at once, or in parts; ours fills passes of 2,048 tokens
-        contestants |= {f"TRL, {rows} rows": lambda rows=rows: steps_of_trl(repeats + 1, size, rows, tokenizer, attempts) for rows in (64, 16, 8)}
+        for rows in (64, 16, 8):
+            contestants[f"TRL, {rows} rows"] = lambda rows=rows: steps_of_trl(repeats + 1, size, rows, tokenizer, attempts)
     turns = [{name: f() for name, f in contestants.items()} for _ in range(2)]
     table = {name: {"seconds": [s for turn in turns for s in turn[name]["seconds"]], "bytes": [b for turn in turns for b in turn[name]["bytes"]],
                     "tokens": np.mean([turn[name]["tokens"] for turn in turns])} for name in contestants}
@@ -354,7 +355,7 @@ def scaling(repeats):
 QWEN3_4B = dict(vocabulary=151936, hidden=2560, layers=36, heads=32, kv_heads=8, head_dim=128, intermediate=9728)
 
 
-def large(repeats, shape=QWEN3_4B, square=8192, lengths=(1024, 4096, 8192, 16384, 32768)):
+def large(repeats, shape=QWEN3_4B, square=8192, lengths=(1024, 4096, 8192, 16384, 32768), n=256):
     """On one GPU: the longest answer that trains, tokens a second in sampling, MFU in training, each against limits measured beside it."""
     if shape is QWEN3_4B and (DEVICE.type != "cuda" or torch.cuda.get_device_properties(DEVICE).total_memory < 75e9):
         print("large: no GPU of 80 GB here, so it is not measured", file=sys.stderr)
@@ -373,11 +374,11 @@ def large(repeats, shape=QWEN3_4B, square=8192, lengths=(1024, 4096, 8192, 16384
     for B in (16, 64):
         prompts = [rng.integers(0, V, 512).tolist() for _ in range(B)]
         common.sample(student, prompts, range(B), 8)    # loads kernels
-        there, runs = held(), [measured(lambda: common.sample(student, prompts, range(B), 256)) for _ in range(repeats)]
+        there, runs = held(), [measured(lambda: common.sample(student, prompts, range(B), n)) for _ in range(repeats)]
         seconds, peak = statistics.median(s for s, _, _ in runs), max(b for _, b, _ in runs)
-        cache = B * (512 + 128) * 2 * layers * shape["kv_heads"] * shape["head_dim"]        # entries, at its middle length
-        rows.append({"part": "large", "case": f"sampling, {B} rows, 256 tokens after 512", "tokens a second": 256 * B / seconds,
-                     "share of the bandwidth (prefill's time counted)": 256 * DTYPE.itemsize * (parameters + cache) / seconds / bandwidth,
+        cache = B * (512 + n / 2) * 2 * layers * shape["kv_heads"] * shape["head_dim"]        # entries, at its middle length
+        rows.append({"part": "large", "case": f"sampling, {B} rows, {n} tokens after 512", "tokens a second": n * B / seconds,
+                     "share of the bandwidth (prefill's time counted)": n * DTYPE.itemsize * (parameters + cache) / seconds / bandwidth,
                      "peak GB": (there + peak) / 1e9})
     student.activation_checkpointing_enable()
     student.train()
@@ -408,9 +409,9 @@ def large(repeats, shape=QWEN3_4B, square=8192, lengths=(1024, 4096, 8192, 16384
             break
         seconds, peak = statistics.median(s for s, _, _ in runs), max(b for _, b, _ in runs)
         moving = statistics.median(measured(lambda: (teacher.to(DEVICE), teacher.to("cpu")))[0] for _ in range(repeats))
-        n, width = 256 + L, shape["heads"] * shape["head_dim"]
-        forward = lambda n: 2 * ((parameters - of_head) * n + of_head * L) + 4 * layers * width * n**2 / 2
-        flops = 3 * forward(n) + forward(n + L + 16)                # the student's forward and backward, not recomputed; the teacher's forward
+        width, length = shape["heads"] * shape["head_dim"], len(prompt) + L
+        forward = lambda T: 2 * ((parameters - of_head) * T + of_head * L) + 4 * layers * width * T**2 / 2
+        flops = 3 * forward(length) + forward(length + L + 16)      # the student's forward and backward, not recomputed; the teacher's forward
         rows.append({**case, "seconds": seconds, "of these moving the teacher between the memories": moving, "tokens a second": L / seconds,
                      "MFU of the rest": flops / (seconds - moving) / limit, "peak GB": (there + peak) / 1e9})
     return rows + [{"part": "large", "case": "limits, measured", "copy GB/s": bandwidth / 1e9, "matmul TFLOP/s": limit / 1e12}]
@@ -435,8 +436,8 @@ def entry(part, case, table, note, per=None, unit=None):
 
 def markdown(rows, machine):
     turns = sorted({t.get("turns", 0) for row in rows if "runs" in row for t in row["runs"].values()})
-    lines = [f"{machine}; medians of {' or '.join(map(str, turns)) or 'the'} turns, lowest to highest in brackets; memory: the peak over what was held "
-             "before, highest of the turns.", "", "| | | time | peak memory | time ÷ ours | memory ÷ ours |",
+    lines = [f"{machine}; medians of {' or '.join(map(str, turns)) or 'the'} turns, lowest to highest in brackets; memory: the peak over what was "
+             "held before, highest of the turns.", "", "| | | time | peak memory | time ÷ ours | memory ÷ ours |",
              "|---|---|--:|--:|--:|--:|"]
     size = lambda b: "–" if b != b else f"{b / 1e9:.2f} GB" if b >= 1e8 else f"{b / 1e6:.0f} MB"
     for row in (r for r in rows if "runs" in r):

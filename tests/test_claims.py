@@ -118,14 +118,14 @@ def test_coloured_answers_escape_what_the_model_says(stages, tmp_path, tokenizer
 
 def test_the_methods_and_the_search_run_in_miniature_and_are_not_run_twice(tmp_path, capsys):
     """Methods that take all code paths between them."""
-    methods = ["base", "grpo", "srt", "sd_zero", "neutral", "code_sd_zero"]
+    methods = ["base", "grpo", "srt", "sd_zero", "neutral", "code_base"]
     argv = ["--miniature", "--seeds", "1", "--jobs", "2", "--out", str(tmp_path), "--methods", *methods]
     claims.main(argv)
     filed = {path: path.stat().st_mtime_ns for path in (tmp_path / "filed").iterdir()}
     assert {p.name for p in filed} == {f"{m}-0.json" for m in methods} | {f"search-{m}.json" for m in ("grpo", "srt", "sd_zero")}
     for path in filed:
         run = json.loads(path.read_text())
-        assert path.name.startswith("search-") or run["commands"] and run["metrics"]["problems"] == 6 and (run["answers"] > 0) == (path.stem != "base-0")
+        assert path.name.startswith("search-") or run["commands"] and run["metrics"]["problems"] == 6 and (run["answers"] > 0) == ("base" not in path.stem)
     text = (tmp_path / "README.md").read_text()
     assert all(f"| `{m}` | {claims.METHODS[m][0]} |" in text for m in methods)
     assert all((tmp_path / name).stat().st_size > 0 for name in ("methods.png", "training.png", "token_kl.png"))

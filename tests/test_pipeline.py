@@ -114,9 +114,10 @@ def test_the_reviser_is_told_the_true_reward(stages, mini, tmp_path, monkeypatch
     monkeypatch.setattr(stages[stage], "revision_ids", lambda *a: asked.append(a) or real(*a))
     for name in ("responses.jsonl", "verified.jsonl"):
         shutil.copy(mini / name, tmp_path)
-    for name in ("srt", "sd_zero")[:stage - 3]:
-        shutil.copytree(mini / name, tmp_path / name)
-    stages[stage].main([*MINI[stage], "--out", str(tmp_path)])
+    if stage == 4:
+        shutil.copytree(mini / "srt", tmp_path / "srt")
+    one = ["--checkpoints", f"base={ROOT / 'data/base'}"] if stage == 5 else []
+    stages[stage].main([*MINI[stage], *one, "--out", str(tmp_path)])
     answers = {x["problem"]: x for split in ("train", "test") for x in common.load_problems(ROOT / "data", split)}
     assert asked and {a[3] for a in asked} == {0, 1}
     for _, problem, ids, reward, p_r in asked:
@@ -551,6 +552,6 @@ def test_readme_line_counts_are_the_files():
 def test_the_gpu_part_of_the_benchmark_runs_in_miniature():
     shape = dict(vocabulary=500, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, intermediate=128)
     bench = load("tests/bench.py")
-    rows = bench.large(1, shape, square=64, lengths=(16, 32))
+    rows = bench.large(1, shape, square=64, lengths=(16, 32), n=8)
     assert len(rows) == 5 and all(v > 0 for row in rows for v in row.values() if isinstance(v, float))
     assert "a training step on one answer of 32 tokens: " in bench.markdown(rows, "a machine")

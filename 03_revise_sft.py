@@ -158,7 +158,7 @@ def main(argv=None):
         rows = collect(path, rows, done, model, tokenizer, args)
         stop_if_ungraded([r["revised_verdict"] for r in rows], any_code, path)
         counts = Counter(r["kept"] for r in rows)
-        kept = [r for r in rows if r["kept"] == "yes" or args.unfiltered and r["kept"] not in ("duplicate", "revision cut")]
+        kept = [r for r in rows if r["kept"] == "yes" or args.unfiltered and r["kept"] in ("revision wrong", "revision no_answer")]
         if not complete:
             finish(path, began, device, answers_cut=cut, **counts)
         print(f"{path}: {len(kept)} of {len(rows)} kept, {sum(r['reward'] == 0 for r in kept)} of them after a wrong answer; "

@@ -103,8 +103,8 @@ def best_of(history, every):
     return max(right, key=lambda s: (right[s], s))
 
 
-def trouble(history, window, every, answers):
-    """A warning if training, in steps of so many answers, goes wrong, else None. Asked after each step, answers every `window` steps."""
+def trouble(history, window, every, problems):
+    """A warning if training, in steps of so many problems, goes wrong, else None. Asked after each step, answers every `window` steps."""
     mean, last = lambda rows, key: sum(m[key] for m in rows) / len(rows), history[-window:]
     small = lambda m: m["gradient_norm"] is not None and m["gradient_norm"] < 1e-6 or m["kl"] is not None and m["kl"] < 1e-4
     if len(history) == 3 and all(map(small, history)):
@@ -116,7 +116,7 @@ def trouble(history, window, every, answers):
     if mean(last, "accuracy") in (0, 1):
         return f"of the last {window} steps all answers are {'right' if last[0]['accuracy'] else 'wrong'}: the reward tells nothing apart"
     now, best = mean(last, "accuracy"), max(mean(history[b:b + window], "accuracy") for b in range(0, len(history), window))
-    error = (2 * best * (1 - best) / (window * answers)) ** 0.5     # of the difference of two such means
+    error = (2 * best * (1 - best) / (window * problems)) ** 0.5     # of the difference of two such means
     if best - now > max(0.15 * best, 3 * error):
         after = best_of(history, every) if len(history) >= every else len(history)
         return f"of the last {window} steps' answers {now:.1%} are right, in the best {window} steps {best:.1%} were" \
@@ -235,7 +235,8 @@ def main(argv=None):
         length = lambda r: len(r["reviser" if teacher else "generator"]) + len(r["response_ids"])
         fits = [r for r in rows if length(r) <= positions(student)]     # the others are not learned from, but counted
         if not fits:
-            die(f"{folder}, step {step}: no answer fits the model's {positions(student)} positions twice; lower --max-new-tokens")
+            die(f"{folder}, step {step}: no answer fits the model's {positions(student)} positions twice, as the teacher reads it; begin "
+                "again with --overwrite and a lower --max-new-tokens")
         parts, tokens = micro_batches(fits, length, args.micro_tokens), sum(len(r["response_ids"]) for r in fits)
 
         # ---- teacher: it reads x, y, P_r; hidden states where it predicts the second y
@@ -281,11 +282,11 @@ def main(argv=None):
         append_jsonl(log, [metrics])
         history.append(metrics)
         stop_if_broken(history, folder, steps)
-        if message := trouble(history, min(10, steps), args.save_every, args.batch_size):
+        if message := trouble(history, min(10, steps), args.save_every, args.batch_size // args.n):
             warn(f"{folder}: {message}")
         progress.set_postfix(accuracy=f"{metrics['accuracy']:.0%}", kl=metrics["kl"], tokens=f"{metrics['mean_tokens']:.0f}")
         if step % args.show_every == 0:
-            show(rows, tokenizer)
+            show(fits, tokenizer)
         if (step + 1) % args.save_every == 0 and step + 1 < steps:
             if best_of(history, args.save_every) == step + 1:
                 save_model(student, tokenizer, f"{folder}.best")

@@ -4,6 +4,7 @@ base, srt/ and sd_zero/ answer the test problems, verify, and revise each of the
 → eval.jsonl     a row an answer: the fields of 01 and 02, {checkpoint, greedy}, and those of 03 for its revision; sample -1 is greedy.
                  Sample 0 also has, a number a token: kl = KL(π(· | x, y_<t) ‖ π(· | x, y, P_r, y_<t)), the checkpoint in both roles,
                  and kl_reward = log π(y_t | x, y_<t) - log π(y_t | x, y, P_r, y_<t): above 0 where the reviser would not write y_t
+                 (both empty where x, y, P_r, y is longer than the model's positions)
 → summary.json   a row a checkpoint; columns below
 → stages.png     accuracy and length by stage;  token_kl.html  whole answers, tokens coloured by kl_reward; two of them on the terminal
 

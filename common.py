@@ -1244,7 +1244,9 @@ def sample(model, prefixes, seeds, max_new_tokens, temperature=1.0, batch_rows=3
     """
     was_training, ends = model.training, set(end_ids(model))
     model.eval()
-    limits = [max(1, min(max_new_tokens, positions(model) - len(p))) for p in prefixes]
+    room = positions(model)
+    limits = [max(1, min(max_new_tokens, room - len(p))) for p in prefixes]
+    prefixes = [p if len(p) <= room else p[-room:] for p in prefixes]       # its one token counts as cut
     noise = [np.random.default_rng(seed).random(n, np.float32) for seed, n in zip(seeds, limits, strict=True)]
     answers, ended = [[] for _ in prefixes], [False] * len(prefixes)
     queue = sorted(range(len(prefixes)), key=lambda i: (len(prefixes[i]), prefixes[i]))     # like lengths, and equal prefixes, together

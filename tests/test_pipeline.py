@@ -148,7 +148,7 @@ def test_grpo_samples_groups_and_loads_no_teacher(stages, mini, tmp_path, monkey
 
 @pytest.mark.parametrize("flags, expected", [
     (["--objective", "rft"], lambda verified, revisions: [r["response_ids"] for r in verified if r["reward"] and r["finished"]]),
-    (["--unfiltered"], lambda verified, revisions: [r["revised_ids"] for r in revisions if r["kept"] not in ("duplicate", "revision cut")])])
+    (["--unfiltered"], lambda verified, revisions: [r["revised_ids"] for r in revisions if r["kept"] in ("yes", "revision wrong", "revision no_answer")])])
 def test_rft_and_unfiltered_srt_train_on_what_they_say(stages, mini, tmp_path, monkeypatch, flags, expected):
     seen, real = [], stages[3].srt_backward
     monkeypatch.setattr(stages[3], "srt_backward", lambda model, batch, *a: seen.extend(batch) or real(model, batch, *a))

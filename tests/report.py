@@ -240,12 +240,22 @@ def plot_token_kl(runs, path):
 
 # ---------------------------------------------------------------- README and figures, written or checked
 
+def best_table(filed):
+    """Markdown: of runs that fell, the model at the end and .best, from summaries of 05 named METHOD-SEED.json; nothing without any."""
+    cell = lambda summary: f"{100 * summary['accuracy']:.1f} ± {100 * summary['accuracy_se']:.1f}"
+    rows = [(path.stem.rpartition("-"), json.loads(path.read_text())) for path in sorted((Path(filed) / "best").glob("*.json"))]
+    lines = ["", "", "Students that fell, at their end and as `.best` has them; sampled, % of the test problems, ± over problems:", "",
+             "| | seed | end | `.best` |", "|---|--:|--:|--:|"]
+    lines += [f"| `{name}` | {seed} | {cell(last)} | {cell(best)} |" for (name, _, seed), (last, best) in rows]
+    return "\n".join(lines) if rows else ""
+
+
 def write(filed, methods, claims, readme, figures):
     """The tables into `readme` between the markers, the figures into the folder `figures`. Returns the tables."""
     import matplotlib
     matplotlib.use("Agg")
     runs, searches = read(filed)
-    text = tables(runs, searches, methods, claims)
+    text = tables(runs, searches, methods, claims) + best_table(filed)
     readme.write_text(filled_in(readme.read_text(), "results", text))
     plot_methods(runs, methods, figures / "methods.png")
     plot_training(runs, figures / "training.png")

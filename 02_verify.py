@@ -2,64 +2,60 @@
 
     r = 1[answer(y_init) = a]
 
-responses.jsonl → verified.jsonl: every row again with {reward, verdict, extracted}. The answer is the content of the last \\boxed{}, and
-math-verify decides whether it equals the reference. `verdict` tells the ways to fail apart: wrong, no_answer, timeout, error. Needs no
-model and no GPU. The same verifier grades revisions, distillation and evaluation.
+responses.jsonl → verified.jsonl: every row again, with {reward, verdict, extracted}. The answer is
+what stands in the last \\boxed{}; math-verify decides whether it equals the reference. `verdict`
+tells the ways to fail apart: wrong, no_answer, timeout, error. Needs no model and no GPU. The same
+verifier grades revisions, distillation and evaluation.
 
     python 02_verify.py
-    python 02_verify.py --responses my_answers.jsonl --verified my_rewards.jsonl
 """
 
 import time
 from collections import Counter
 from itertools import islice
-from pathlib import Path
 
 from tqdm import tqdm
 
-from common import append_jsonl, arguments, check_code, claim, die, finish, parse, run, stop_if_ungraded, stream_jsonl, verify_all, warn
+from common import append_jsonl, arguments, claim, find, finish, parse, read_jsonl, run_stage, warn
+from common import check_code, stop_if_ungraded, verify_all
 
 
 def main(argv=None):
-    p = arguments(__doc__)
-    g = p.add_argument_group("verification")
-    g.add_argument("--responses", default=None, help="file to read (default: OUT/responses.jsonl)")
-    g.add_argument("--verified", default=None, help="file to write (default: OUT/verified.jsonl)")
-    args = parse(p, argv)
-    source, path = args.responses or args.out / "responses.jsonl", Path(args.verified or args.out / "verified.jsonl")
+    args = parse(arguments("02", __doc__), argv)
+    began, path = time.time(), args.out / "verified.jsonl"
+    source, counts = find(args, "responses.jsonl"), Counter()
+    for row in read_jsonl(source):
+        counts.update(answers=1, cut=not row["finished"], code=row["kind"] == "code")
+    check_code([{"kind": "code"}] * bool(counts["code"]), args.allow_code)
+    if claim(args, "verified.jsonl", "responses.jsonl"):
+        return
 
-    # ---- one pass to see that all rows can be graded, one to grade them: no more than a thousand are in memory
-    rows = lambda: islice(stream_jsonl(source, ("id", "problem", "answer", "response", "response_ids", "finished"),
-                                       "python 01_generate.py"), args.limit)
-    counts = Counter()
-    for row in rows():
-        counts.update(rows=1, cut=not row["finished"], code=row.get("kind") == "code")
-    check_code(counts["code"], args.allow_code)
-    done, complete = claim(path, args, {"responses": source}, ("limit",), ("id", "reward", "verdict"))
-    began, verdicts, todo = time.time(), Counter(), rows()
-    for row in done:
-        if row["id"] != next(todo, {}).get("id"):
-            die(f"{path} does not hold these answers in their order; remove it to make it again")
-        verdicts[row["verdict"]] += 1
-    progress = tqdm(initial=sum(verdicts.values()), total=counts["rows"], desc="verify", unit="answer")
+    # ---------------- a thousand answers at a time are in memory
+    verdicts = Counter(row["verdict"] for row in read_jsonl(path, mend=True))
+    todo = islice(read_jsonl(source), verdicts.total(), None)
+    progress = tqdm(initial=verdicts.total(), total=counts["answers"], desc="verify", unit="answer")
     while batch := list(islice(todo, 1000)):
-        for row, result in zip(batch, verify_all(batch, [row["response"] for row in batch])):
-            append_jsonl(path, [{**row, **dict(zip(("reward", "verdict", "extracted"), result))}])
-            verdicts[result[1]] += 1
+        graded = verify_all(batch, [row["response"] for row in batch])
+        for row, (reward, verdict, extracted) in zip(batch, graded):
+            verified = {"reward": reward, "verdict": verdict, "extracted": extracted}
+            append_jsonl(path, [{**row, **verified}])
+            verdicts[verdict] += 1
             progress.update()
     progress.close()
     stop_if_ungraded(verdicts, counts["code"], path)
-    if not complete:
-        finish(path, began, "cpu", **verdicts)
+    finish(args, "verified.jsonl", began, "cpu", **verdicts)
 
-    n = sum(verdicts.values())
-    if verdicts["correct"] in (0, n):
-        warn(f"{path}: {'all' if verdicts['correct'] else 'none'} of the answers are right, so the rewards tell nothing apart")
+    # ---------------- what it means
+    n, right = counts["answers"], verdicts["correct"]
+    if right in (0, n):
+        warn(f"{path}: all answers are {'right' if right else 'wrong'}: rewards tell nothing apart")
     if counts["cut"] == n:
-        warn(f"{source}: every answer was cut; 01_generate.py may need more --max-new-tokens")
-    print(f"{path}: {n} answers, accuracy {verdicts['correct'] / n:.1%}, finished {1 - counts['cut'] / n:.1%}, "
-          f"no answer {verdicts['no_answer'] / n:.1%}, timeouts {verdicts['timeout']}, errors {verdicts['error']}")
+        warn(f"{path}: every answer was cut; 01_generate.py may need more --max-new-tokens")
+    rates = {"accuracy": right, "finished": n - counts["cut"], "no answer": verdicts["no_answer"]}
+    shares = ", ".join(f"{name} {count / n:.1%}" for name, count in rates.items())
+    failed = f"timeouts {verdicts['timeout']}, errors {verdicts['error']}"
+    print(f"{path}: {n} answers, {shares}, {failed}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_stage(main)

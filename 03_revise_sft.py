@@ -1,19 +1,19 @@
-"""Stage 3 of SD-Zero, Self-Revision Training (SRT): the Reviser revises, and the base learns from what proved right.
+"""Stage 3 of SD-Zero, Self-Revision Training (SRT): the Reviser revises, the base learns from it.
 
-    collect   y_revised ~ π_base(· | x, y_init, P_r),   keep (x, y_init, P_r, y_revised) only where y_revised is verified correct
-    train     L_SRT = L_revision + L_generation
-              L_revision   = mean over tokens of  -log π_θ(y_revised | x, y_init, P_r)
-              L_generation = mean over tokens of  -log π_θ([y_init, P_r, y_revised] | x)
+    collect   y_revised ~ π_base(· | x, y_init, P_r)
+    filter    keep (x, y_init, P_r, y_revised) only where y_revised is verified correct, and new
+    train     L_SRT = L_revision + L_generation, two means over tokens
+              L_revision   = -log π_θ(y_revised | x, y_init, P_r)
+              L_generation = -log π_θ([y_init, P_r, y_revised] | x)
 
-verified.jsonl → revisions.jsonl: a row a revision, with {revision, p_r, revised, revised_ids, revised_finished, revised_reward,
-revised_verdict, kept}; `kept` is "yes" or the reason why not. Answers that were cut get no revision, and are counted.
-Then → srt/, the model θ_SRT, and srt.jsonl, a row an optimiser step.
-A wrong y_init stays in the context: it is information, not noise. It carries no end token. Unlike the official code:
-one summed loss instead of two stages of SFT, and revisions of right answers are used too.
---objective rft is the baseline RFT (rejection-sampling fine-tuning): no revisions, L = mean over tokens of -log π_θ(y | x), y right.
+verified.jsonl → revisions.jsonl: a row a revision, with {revision, p_r, revised, revised_ids,
+revised_finished, revised_reward, revised_verdict, kept}; `kept` is "yes", or why not. → srt/, the
+model θ_SRT, and srt.jsonl, a row a step. A wrong y_init stays in the context: it is information.
+Answers that were cut get no revision. Unlike the official code: one loss, not two stages of SFT,
+and revisions of right answers are used too.
 
     python 03_revise_sft.py
-    python 03_revise_sft.py --objective generation --srt runs/demo/generation_only    # the same revisions, half of the loss
+    python 03_revise_sft.py --from runs/demo --out runs/longer --epochs 6
 """
 
 import math
@@ -21,191 +21,190 @@ import random
 import time
 from collections import Counter
 from contextlib import nullcontext
-from pathlib import Path
-
-from common import (append_jsonl, arguments, at_least, autocast, backward_through_head, check_code, check_ids, claim, completion_hidden,
-                    die, end_ids, finish, load_model, load_state, load_tokenizer, micro_batches, parse, pick_device, prompt_ids,
-                    read_jsonl, remove, revision_ids, row_seed, run, sample, save_model, save_state, stop_if_broken,
-                    stop_if_ungraded, update, verify_all)
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-
-# ---------------------------------------------------------------- collecting revisions
-
-def revision_tasks(rows, n_wrong, n_right):
-    """(verified row, number of the revision) in order; rows whose y_init was cut get none."""
-    return [(row, k) for row in rows if row["finished"] for k in range(n_right if row["reward"] else n_wrong)]
-
-
-def collect(path, rows, done, model, tokenizer, args):
-    """Sample and verify revisions, appending to `path`; returns all of its rows."""
-    p_r = {1: args.p_r_right, 0: args.p_r_wrong}
-    tasks = revision_tasks(rows, args.revisions_wrong, args.revisions_right)
-    if [(r["id"], r["sample"], r["revision"]) for r in done] != [(r["id"], r["sample"], k) for r, k in tasks[:len(done)]]:
-        die(f"{path} does not hold the revisions of these answers in their order; remove it to make it again")
-    graded = lambda finished, verdict: finished and verdict not in ("timeout", "error")     # a copy of such may fare better
-    seen = {(r["id"], r["sample"], tuple(r["revised_ids"])) for r in done if graded(r["revised_finished"], r["revised_verdict"])}
-    if len(done) == len(tasks):
-        return done
-    block, kept = 4 * args.batch_rows, Counter(r["kept"] for r in done)
-    start = len(done) // block * block      # a torn block is sampled again, so that an answer's neighbours are those that it would have had
-    progress = tqdm(total=len(tasks), initial=start, desc="revise", unit="revision")
-    for b in range(start, len(tasks), block):
-        batch, missing = tasks[b:b + block], slice(max(0, len(done) - b), None)
-        prefixes = [revision_ids(tokenizer, r["problem"], r["response_ids"], r["reward"], p_r) for r, _ in batch]
-        seeds = [row_seed(args.seed, "revise", r["id"], r["sample"], k) for r, k in batch]
-        revisions = sample(model, prefixes, seeds, args.max_new_tokens, args.temperature, args.batch_rows, progress)
-        batch, revisions, out = batch[missing], revisions[missing], []
-        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in revisions]
-        for (row, k), ids, text, (reward, verdict, _) in zip(batch, revisions, texts, verify_all([row for row, _ in batch], texts)):
-            finished, key = ids[-1] in end_ids(model), (row["id"], row["sample"], tuple(ids))
-            why = "revision cut" if not finished else "duplicate" if key in seen else "yes" if reward else "revision " + verdict
-            if graded(finished, verdict):
-                seen.add(key)
-            kept[why] += 1
-            out.append({**row, "revision": k, "p_r": p_r[row["reward"]], "revised": text, "revised_ids": ids,
-                        "revised_finished": finished, "revised_reward": reward, "revised_verdict": verdict, "kept": why})
-        append_jsonl(path, out)
-        done = done + out
-        progress.set_postfix(kept=kept["yes"])
-    progress.close()
-    return done
+from common import arguments, claim, die, find, finish, parse, read_jsonl, run_stage
+from common import autocast, end_ids, load_model, load_tokenizer, pick_device, save_model
+from common import backward_through_head, completion_hidden, log_step, micro_batches, update
+from common import check_code, stop_if_ungraded, verify_all
+from common import in_blocks, load_state, prompt_ids, revision_ids, row_seed, sample, save_state
 
 
-# ---------------------------------------------------------------- the two losses
+# ---------------------------------------------------------------- collect and filter
+
+
+def collect(path, answers, model, tokenizer, args):
+    """y_revised ~ π_base(· | x, y_init, P_r), verified and filtered, into the file `path`."""
+    tasks = []  # (answer, number of the revision); none of answers that were cut
+    for row in answers:
+        n = args.revisions_right if row["reward"] else args.revisions_wrong
+        tasks += [(row, k) for k in range(n if row["finished"] else 0)]
+    progress = tqdm(total=len(tasks), desc="revise", unit="revision")
+    done = list(read_jsonl(path, mend=True))
+    for block, before, rows in in_blocks(path, done, tasks, 4 * args.batch_rows, progress):
+        prefixes, seeds, seen = [], [], set()
+        for row, k in block:
+            told = row["response_ids"], row["reward"], args.p_r
+            prefixes.append(revision_ids(tokenizer, row["problem"], *told))
+            seeds.append(row_seed(args.seed, "revise", row["id"], row["sample"], k))
+        how = args.max_new_tokens, args.temperature, args.batch_rows, progress
+        revisions = sample(model, prefixes, seeds, *how)
+        texts = [tokenizer.decode(y, skip_special_tokens=True) for y in revisions]
+        graded = verify_all([row for row, _ in block], texts)
+        for row in before:
+            keep(row, seen)
+        for (row, k), y, text, (reward, verdict, _) in zip(block, revisions, texts, graded):
+            revised = {"revision": k, "p_r": args.p_r[row["reward"]], "revised": text}
+            revised |= {"revised_ids": y, "revised_finished": y[-1] in end_ids(model)}
+            revised |= {"revised_reward": reward, "revised_verdict": verdict}
+            rows.append({**row, **revised, "kept": keep({**row, **revised}, seen)})
+
+
+def keep(row, seen):
+    """ "yes" if y_revised is finished, new and right; else why not. seen: revisions until now."""
+    if not row["revised_finished"]:
+        return "revision cut"
+    revision = row["id"], row["sample"], tuple(row["revised_ids"])
+    if revision in seen:
+        return "duplicate"
+    if row["revised_verdict"] not in ("timeout", "error"):  # a copy of such may fare better
+        seen.add(revision)
+    return "yes" if row["revised_reward"] else "revision " + row["revised_verdict"]
+
+
+# ---------------------------------------------------------------- train
+
 
 def sequence(row, tokenizer, p_r):
-    """Token ids of a kept tuple in three parts: x as a prompt; y_init (no end token) with P_r; y_revised."""
-    prompt = prompt_ids(tokenizer, row["problem"])
+    """Token ids of a kept tuple in three parts: x as a prompt; y_init (no end token) P_r; y_revised."""
+    x = prompt_ids(tokenizer, row["problem"])
     reviser = revision_ids(tokenizer, row["problem"], row["response_ids"], row["reward"], p_r)
-    return prompt, reviser[len(prompt):], row["revised_ids"]
+    return x, reviser[len(x) :], row["revised_ids"]
 
 
-def srt_backward(model, batch, objective, n_revision, n_generation, context=nullcontext, scale=lambda part: part):
-    """Backward of the part of the step's loss that these tuples make up; returns it.
+def srt_backward(model, batch, n_revision, n_generation, context=nullcontext, scaler=None):
+    """Backward of the part of the step's L_SRT that these tuples make up; returns it.
 
-    Both losses read the same sequence [x, y_init, P_r, y_revised] and differ in the tokens that they score, so one pass serves both. With
-    the whole step's n_revision tokens of y_revised and n_generation of [y_init, P_r, y_revised], a token's -log π weighs 1 / n_generation,
-    and in y_revised 1 / n_revision more (with one of the losses alone, its weight alone).
+    Both losses read the same sequence [x, y_init, P_r, y_revised] and differ in the tokens that
+    they score: n_revision in y_revised, n_generation in [y_init, P_r, y_revised], in the whole step.
+    So one pass serves both: a token's -log π weighs 1 / n_generation, in y_revised 1 / n_revision more.
     """
-    prompts, attempts, revised = zip(*batch)
-    completions = [a + r for a, r in zip(attempts, revised)]
-    revision, generation = {"srt": (1, 1), "revision": (1, 0), "generation": (0, 1), "rft": (0, 1)}[objective]
-    of_attempt, of_revised = generation / n_generation, generation / n_generation + revision / n_revision   # weights of a token's -log π
-    weights = [w for a, r in zip(attempts, revised) for w in [of_attempt] * len(a) + [of_revised] * len(r)]
-    tokens, weights = torch.tensor(sum(completions, []), device=model.device), torch.tensor(weights, device=model.device)   # [N], [N]
+    prompts, completions, weights = [], [], []
+    for x, attempt, revised in batch:
+        prompts.append(x)
+        completions.append(attempt + revised)
+        weights += [1 / n_generation] * len(attempt)
+        weights += [1 / n_generation + 1 / n_revision] * len(revised)
+    tokens = torch.tensor(sum(completions, []), device=model.device)  # [N]
+    weights = torch.tensor(weights, device=model.device)  # [N]
     with context():
-        hidden = completion_hidden(model, prompts, completions)                                                             # [N, H]
-    loss_of = lambda logits, at: (F.cross_entropy(logits.float(), tokens[at], reduction="none") * weights[at]).sum()
-    return backward_through_head(hidden, model.get_output_embeddings(), loss_of, context, scale)
+        hidden = completion_hidden(model, prompts, completions)  # [N, H]
+
+    def loss_of(logits, at):
+        nll = F.cross_entropy(logits.float(), tokens[at], reduction="none")
+        return (nll * weights[at]).sum()
+
+    return backward_through_head(hidden, model.get_output_embeddings(), loss_of, context, scaler)
 
 
-def main(argv=None):
-    p = arguments(__doc__)
-    g = p.add_argument_group("collection")
-    g.add_argument("--verified", default=None, help="file to read (default: OUT/verified.jsonl)")
-    g.add_argument("--revisions", default=None, help="file to write (default: OUT/revisions.jsonl)")
-    g.add_argument("--revisions-wrong", default=4, type=at_least(0), help="of a wrong answer (default: 4) [paper: 3]")
-    g.add_argument("--revisions-right", default=1, type=at_least(0), help="of a right answer (default: 1) [paper: 3; official code: 0]")
-    g.add_argument("--max-new-tokens", default=320, type=at_least(1), help="(default: 320) [paper: 16384]")
-    g.add_argument("--temperature", default=1.0, type=at_least(0.0), help="(default: 1.0) [paper: 0.7; official code: 1.0 with top-p 0.9]")
-    g.add_argument("--batch-rows", default=384, type=at_least(1), help="answers sampled at once (default: 384); less if memory runs out")
-    g = p.add_argument_group("training")
-    g.add_argument("--srt", default=None, help="model folder to write (default: OUT/srt)")
-    g.add_argument("--objective", default="srt", choices=["srt", "revision", "generation", "rft"],
-                   help="srt is revision + generation; rft: no revisions, right answers only (default: srt)")
-    g.add_argument("--unfiltered", action="store_true", help="train on wrong revisions too")
-    g.add_argument("--epochs", default=3, type=at_least(1), help="(default: 3) [paper: 3]")
-    g.add_argument("--lr", default=8e-4, type=at_least(0.0), help="peak; cosine with 5%% warm-up (default: 8e-4) [paper: 5e-6]")
-    g.add_argument("--batch-size", default=32, type=at_least(1), help="tuples a step (default: 32)")
-    g.add_argument("--micro-tokens", default=2048, type=at_least(1),
-                   help="at most so many in a forward pass, padding too (default: 2048); less if memory runs out")
-    g.add_argument("--gradient-checkpointing", action="store_true", help="less memory, one more forward pass")
-    g.add_argument("--save-every", default=20, type=at_least(1), help="steps after which an interrupted training can go on (default: 20)")
-    args = parse(p, argv)
-    source, path = args.verified or args.out / "verified.jsonl", Path(args.revisions or args.out / "revisions.jsonl")
-    srt = Path(args.srt or args.out / "srt")
-    log = srt.with_name(srt.name + ".jsonl")
+def learning_rate(step, steps, peak):
+    """Linear warm-up over 5% of the steps, then cosine to 0."""
+    warm_up = max(1, steps // 20)
+    after = max(0, step - warm_up) / max(1, steps - warm_up)
+    return peak * min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * after))
 
-    # ---- answers to revise
-    rows = read_jsonl(source, ("id", "sample", "problem", "answer", "response_ids", "finished", "reward"), "python 02_verify.py")
-    rows = rows[:args.limit]
-    check_code(any_code := any(r.get("kind") == "code" for r in rows), args.allow_code)
-    tokenizer, began, device = load_tokenizer(args.model), time.time(), pick_device(args.device)
-    check_ids(source, rows, tokenizer)
-    if log == path:
-        die(f"--srt {srt} would write its log over {path}; name another folder")
 
-    # ---- collect revisions from the base
-    if args.objective == "rft":
-        path, model = source, load_model(args.model, tokenizer, device)
-        kept = list({(r["id"], tuple(r["response_ids"])): r for r in rows if r["reward"] and r["finished"]}.values())
-        examples = [(prompt_ids(tokenizer, r["problem"]), [], r["response_ids"]) for r in kept]
-    else:
-        done, complete = claim(path, args, {"verified": source, "model": args.model},
-                               ("limit", "seed", "p_r_right", "p_r_wrong", "revisions_wrong", "revisions_right", "max_new_tokens",
-                                "temperature"),
-                               ("id", "sample", "revision", "problem", "answer", "response_ids", "finished", "reward", "p_r", "revised",
-                                "revised_ids", "revised_finished", "revised_verdict", "kept"))
-        done = list(done)
-        for field in ("response_ids", "revised_ids"):
-            check_ids(path, done, tokenizer, field)
-        model = load_model(args.model, tokenizer, device)
-        cut = sum(not r["finished"] for r in rows)
-        rows = collect(path, rows, done, model, tokenizer, args)
-        stop_if_ungraded([r["revised_verdict"] for r in rows], any_code, path)
-        counts = Counter(r["kept"] for r in rows)
-        kept = [r for r in rows if r["kept"] == "yes" or args.unfiltered and r["kept"] in ("revision wrong", "revision no_answer")]
-        if not complete:
-            finish(path, began, device, answers_cut=cut, **counts)
-        print(f"{path}: {len(kept)} of {len(rows)} kept, {sum(r['reward'] == 0 for r in kept)} of them after a wrong answer; "
-              f"{dict(counts)}; {cut} answers were cut and not revised")
-        examples = [sequence(r, tokenizer, {1: args.p_r_right, 0: args.p_r_wrong}) for r in kept]
-    if not kept:
-        die(f"{path}: nothing was verified correct, so there is nothing to train on: more problems, or a stronger base")
-
-    # ---- train on L_SRT
-    settings = ("limit", "seed", "p_r_right", "p_r_wrong", "objective", "unfiltered", "epochs", "lr", "batch_size")
-    for artifact, fields in ((log, ("step",)), (srt, ())):
-        _, complete = claim(artifact, args, {"revisions": path, "model": args.model}, settings, fields)
-    if complete:
-        remove(f"{srt}.resume")
-        return print(f"{srt} is there already")
-    began, (context, dtype) = time.time(), autocast(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=1e-4, fused=True)
+def train(model, tokenizer, tuples, args, device):
+    """Minimise L_SRT over the tuples, into srt/; returns the log's rows."""
+    folder, log, (context, dtype) = args.out / "srt", args.out / "srt.jsonl", autocast(device)
+    betas, decay = (0.9, 0.95), 1e-4
+    optimizer = torch.optim.AdamW(
+        model.parameters(), args.lr, betas=betas, weight_decay=decay, fused=True
+    )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    state = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    history = load_state(folder, log, **state)
     rng, batches = random.Random(args.seed), []
     for _ in range(args.epochs):
-        order = rng.sample(examples, len(examples))
-        batches += [order[b:b + args.batch_size] for b in range(0, len(order), args.batch_size)]
+        order = rng.sample(tuples, len(tuples))
+        batches += [order[b : b + args.batch_size] for b in range(0, len(order), args.batch_size)]
     model.train()
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    warm_up, history = max(1, len(batches) // 20), load_state(srt, log, model, optimizer, scaler)
-    progress = tqdm(range(len(history), len(batches)), initial=len(history), total=len(batches), desc="SRT", unit="step")
+    steps = len(batches)
+    progress = tqdm(range(len(history), steps), "SRT", steps, initial=len(history), unit="step")
     for step in progress:
-        batch = batches[step]
-        after = max(0, step - warm_up) / max(1, len(batches) - warm_up)                 # 0 until warmed up, then to 1 at the end
-        lr = optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * after))
-        n_revision, n_generation = sum(len(r) for _, _, r in batch), sum(len(a) + len(r) for _, a, r in batch)
-        loss = sum(srt_backward(model, part, args.objective, n_revision, n_generation, context, scaler.scale)
-                   for part in micro_batches(batch, lambda parts: sum(map(len, parts)), args.micro_tokens))
+        batch, loss = batches[step], 0.0
+        n_revision = sum(len(revised) for _, _, revised in batch)
+        n_generation = n_revision + sum(len(attempt) for _, attempt, _ in batch)
+        for part in micro_batches(batch, lambda t: sum(map(len, t)), args.micro_tokens):
+            loss += srt_backward(model, part, n_revision, n_generation, context, scaler)
+        lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, args.lr)
         norm = update(model, optimizer, scaler)
-        history.append({"step": step, "loss": loss, "lr": lr, "gradient_norm": norm, "tokens": n_generation})
-        append_jsonl(log, history[-1:])
-        stop_if_broken(history, srt, len(batches))
+        row = {"step": step, "loss": loss, "lr": lr, "gradient_norm": norm, "tokens": n_generation}
+        log_step(log, history, row, steps)
         progress.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}")
-        if (step + 1) % args.save_every == 0 and step + 1 < len(batches) and norm is not None:
-            save_state(srt, step + 1, model, optimizer, scaler)
-    save_model(model, tokenizer, srt)
-    for artifact in (log, srt):
-        finish(artifact, began, device, tuples=len(kept), steps=len(batches), skipped=sum(row["gradient_norm"] is None for row in history))
-    remove(f"{srt}.resume")
-    print(f"{srt}: trained on {len(kept)} tuples, {len(batches)} steps, last loss {loss:.3f}")
+        if (step + 1) % args.save_every == 0 and step + 1 < steps and norm is not None:
+            save_state(folder, step + 1, **state)
+    save_model(model, tokenizer, folder)
+    return history
+
+
+def main(argv=None):
+    p = arguments("03", __doc__)
+    p.add_argument("--revisions-wrong", type=int, help="revisions of a wrong answer")
+    p.add_argument("--revisions-right", type=int, help="of a right one; the official code has 0")
+    p.add_argument("--max-new-tokens", type=int, help="longer revisions are cut, and not used")
+    p.add_argument("--temperature", type=float, default=1.0, help="0: greedy; the paper has 0.7")
+    p.add_argument("--batch-rows", type=int, help="revisions sampled at once")
+    p.add_argument("--epochs", type=int, default=3, help="passes over the kept tuples")
+    p.add_argument("--lr", type=float, help="peak; 5%% warm-up, then cosine")
+    p.add_argument("--batch-size", type=int, help="tuples a step")
+    p.add_argument("--micro-tokens", type=int, default=2048, help="tokens a forward pass, at most")
+    p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
+    p.add_argument("--save-every", type=int, default=20, help="steps between states to go on from")
+    args = parse(p, argv)
+
+    # ---------------- answers to revise
+    began = time.time()
+    answers = list(read_jsonl(find(args, "verified.jsonl")))
+    find(args, "base")
+    check_code(answers, args.allow_code)
+    tokenizer, device = load_tokenizer(args.model), pick_device(args.device)
+
+    # ---------------- collect and filter
+    model, path = None, args.out / "revisions.jsonl"
+    decides = "verified.jsonl base revisions_wrong revisions_right max_new_tokens temperature"
+    if not claim(args, "revisions.jsonl", decides):
+        model = load_model(args.model, tokenizer, device)
+        collect(path, answers, model, tokenizer, args)
+        rows = list(read_jsonl(path))
+        verdicts = [row["revised_verdict"] for row in rows]
+        stop_if_ungraded(verdicts, any(row["kind"] == "code" for row in rows), path)
+        counts = Counter(row["kept"] for row in rows)
+        finish(args, "revisions.jsonl", began, device, **counts)
+    path = find(args, "revisions.jsonl")
+    rows = list(read_jsonl(path))
+    kept = [row for row in rows if row["kept"] == "yes"]
+    print(f"{path}: kept {len(kept)} of {len(rows)}: {dict(Counter(row['kept'] for row in rows))}")
+    if not kept:
+        die(f"{path}: nothing was verified correct: more problems, or a stronger base")
+
+    # ---------------- train
+    if claim(args, "srt", "revisions.jsonl base epochs lr batch_size"):
+        return
+    began = time.time()
+    model = model or load_model(args.model, tokenizer, device)
+    tuples = [sequence(row, tokenizer, args.p_r) for row in kept]
+    history = train(model, tokenizer, tuples, args, device)
+    skipped = sum(row["gradient_norm"] is None for row in history)
+    finish(args, "srt", began, device, tuples=len(kept), steps=len(history), skipped=skipped)
+    last = f"{len(history)} steps, last loss {history[-1]['loss']:.3f}"
+    print(f"{args.out / 'srt'}: trained on {len(kept)} tuples, {last}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_stage(main)

@@ -20,7 +20,11 @@ from common import P_R
 # step: (right expression, common mistake, share of authors who get it right)
 OPS = {
     "keep the even ones": ("[x for x in xs if x % 2 == 0]", "[x for x in xs if x % 2]", 0.95),
-    "keep those of at least {n}": ("[x for x in xs if x >= {n}]", "[x for x in xs if x > {n}]", 0.45),
+    "keep those of at least {n}": (
+        "[x for x in xs if x >= {n}]",
+        "[x for x in xs if x > {n}]",
+        0.45,
+    ),
     "keep those below {n}": ("[x for x in xs if x < {n}]", "[x for x in xs if x <= {n}]", 0.90),
     "drop the first {n}": ("xs[{n}:]", "xs[:-{n}]", 0.95),
     "keep the last {n}": ("xs[-{n}:]", "xs[{n}:]", 0.90),
@@ -32,13 +36,25 @@ OPS = {
     "replace negative ones by 0": ("[max(x, 0) for x in xs]", "[min(x, 0) for x in xs]", 0.95),
     "halve each and round down": ("[x // 2 for x in xs]", "[int(x / 2) for x in xs]", 0.15),
     "drop repeats": ("list(dict.fromkeys(xs))", "sorted(set(xs))", 0.10),
-    "add to each its place from 1 on": ("[x + i for i, x in enumerate(xs, 1)]", "[x + i for i, x in enumerate(xs)]", 0.40),
+    "add to each its place from 1 on": (
+        "[x + i for i, x in enumerate(xs, 1)]",
+        "[x + i for i, x in enumerate(xs)]",
+        0.40,
+    ),
 }
 STEPS, TESTS = 3, 4
-RIGHT = ("Good", "Yes", "Fine", "Right"), ("this", "the above", "the solution"), ("is correct", "works", "is right"), \
-    ("let me say it shorter", "the same again", "let me clean it up", "once more in short")
-WRONG = ("No", "Wait", "Hmm", "Oh"), ("this", "the above", "this response"), ("is not right", "fails", "is wrong", "does not work"), \
-    ("let me start again", "let me try again", "from the start", "over again")
+RIGHT = (
+    ("Good", "Yes", "Fine", "Right"),
+    ("this", "the above", "the solution"),
+    ("is correct", "works", "is right"),
+    ("let me say it shorter", "the same again", "let me clean it up", "once more in short"),
+)
+WRONG = (
+    ("No", "Wait", "Hmm", "Oh"),
+    ("this", "the above", "this response"),
+    ("is not right", "fails", "is wrong", "does not work"),
+    ("let me start again", "let me try again", "from the start", "over again"),
+)
 
 
 def make_problem(rng):
@@ -78,20 +94,34 @@ def problems(rng):
         steps, lists = make_problem(rng), inputs(rng, TESTS)
         right = [apply(expressions(steps, [True] * STEPS), xs) for xs in lists]
         one_wrong = [[i != j for j in range(STEPS)] for i in range(STEPS)]
-        if all([apply(expressions(steps, readings), xs) for xs in lists] != right for readings in one_wrong):
-            yield {"kind": "code", "problem": problem_text(steps),
-                   "tests": [{"call": "f", "args": [xs], "expected": value} for xs, value in zip(lists, right)]}
+        if all(
+            [apply(expressions(steps, readings), xs) for xs in lists] != right
+            for readings in one_wrong
+        ):
+            yield {
+                "kind": "code",
+                "problem": problem_text(steps),
+                "tests": [
+                    {"call": "f", "args": [xs], "expected": value}
+                    for xs, value in zip(lists, right)
+                ],
+            }
 
 
 def attempt(rng, steps, readings, terse, slips):
     """A program; readings[i] is True where step i is got right. Returns (text, is it right?)."""
-    said = [(step, n + rng.choice((-1, 1)) if slips and rng.random() < SLIP else n) for step, n in steps]
+    said = [
+        (step, n + rng.choice((-1, 1)) if slips and rng.random() < SLIP else n) for step, n in steps
+    ]
     lines = []
     for (step, n), expression in zip(steps, expressions(said, readings)):
         lines += [] if terse else [f"# {step.format(n=n)}"]
         lines += [f"xs = {expression}"]
     program = "\n    ".join(["def f(xs):", *lines, "return xs"])
-    right = all(apply(expressions(said, readings), xs) == apply(expressions(steps, [True] * STEPS), xs) for xs in inputs(rng, 4 * TESTS))
+    right = all(
+        apply(expressions(said, readings), xs) == apply(expressions(steps, [True] * STEPS), xs)
+        for xs in inputs(rng, 4 * TESTS)
+    )
     return f"```python\n{program}\n```", right
 
 
@@ -107,10 +137,24 @@ def documents(rng, held_out=()):
         steps = make_problem(rng)
         if problem_text(steps) in held_out:
             continue
-        text = answer(rng, [OPS[step][2] for step, _ in steps], lambda *how: attempt(rng, steps, *how), lambda right: judgement(rng, right))
+        text = answer(
+            rng,
+            [OPS[step][2] for step, _ in steps],
+            lambda *how: attempt(rng, steps, *how),
+            lambda right: judgement(rng, right),
+        )
         assert not any(p_r in text for p_r in P_R.values())
         yield problem_text(steps), text
 
 
 if __name__ == "__main__":
-    make(__doc__, HERE / "code", {"train": 4700, "test": 500}, problems, documents, tokens=20_000_000, length=384, vocab=512)
+    make(
+        __doc__,
+        HERE / "code",
+        {"train": 4700, "test": 500},
+        problems,
+        documents,
+        tokens=20_000_000,
+        length=384,
+        vocab=512,
+    )

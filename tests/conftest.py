@@ -16,7 +16,9 @@ import common  # noqa: E402
 
 
 def load(name):
-    spec = importlib.util.spec_from_file_location(Path(name).stem.lstrip("0123456789_"), ROOT / name)
+    spec = importlib.util.spec_from_file_location(
+        Path(name).stem.lstrip("0123456789_"), ROOT / name
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -35,7 +37,19 @@ def filled_in(readme, name, text):
 @pytest.fixture(scope="session")
 def stages():
     """{1: the module of 01_generate.py, ..., 5: that of 05_eval.py}"""
-    return {i: load(name) for i, name in enumerate(("01_generate.py", "02_verify.py", "03_revise_sft.py", "04_self_distill.py", "05_eval.py"), 1)}
+    return {
+        i: load(name)
+        for i, name in enumerate(
+            (
+                "01_generate.py",
+                "02_verify.py",
+                "03_revise_sft.py",
+                "04_self_distill.py",
+                "05_eval.py",
+            ),
+            1,
+        )
+    }
 
 
 @pytest.fixture(scope="session")
@@ -53,9 +67,13 @@ def problems():
     return common.load_problems(ROOT / "data", "train", 40)
 
 
-MINI = {1: ["--limit", "24", "--max-new-tokens", "120"], 2: [], 3: ["--epochs", "2", "--batch-size", "3", "--max-new-tokens", "120"],
-        4: ["--steps", "2", "--batch-size", "8", "--max-new-tokens", "120"],
-        5: ["--limit", "6", "--n", "2", "--k", "2", "--max-new-tokens", "120"]}
+MINI = {
+    1: ["--limit", "24", "--max-new-tokens", "120"],
+    2: [],
+    3: ["--epochs", "2", "--batch-size", "3", "--max-new-tokens", "120"],
+    4: ["--steps", "2", "--batch-size", "8", "--max-new-tokens", "120"],
+    5: ["--limit", "6", "--n", "2", "--k", "2", "--max-new-tokens", "120"],
+}
 
 
 @pytest.fixture(scope="session")

@@ -54,8 +54,7 @@ def main(argv=None):
             finished = y[-1] in end_ids(model)
             answer = {"sample": k, "response": text, "response_ids": y, "finished": finished}
             rows.append({**x, **answer})
-    finish(args, "responses.jsonl", began, device, answers=len(tasks))
-    print(f"{path}: {len(tasks)} answers to {len(problems)} problems")
+    finish(args, "responses.jsonl", began, device, problems=len(problems), answers=len(tasks))
 
 
 if __name__ == "__main__":

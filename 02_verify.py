@@ -26,7 +26,8 @@ def main(argv=None):
     source, counts = find(args, "responses.jsonl"), Counter()
     for row in read_jsonl(source):
         counts.update(answers=1, cut=not row["finished"], code=row["kind"] == "code")
-    check_code([{"kind": "code"}] * bool(counts["code"]), args.allow_code)
+    kinds = [{"kind": "code"}] if counts["code"] else []
+    check_code(kinds, args.allow_code)
     if claim(args, "verified.jsonl", "responses.jsonl"):
         return
 
@@ -42,7 +43,7 @@ def main(argv=None):
             verdicts[verdict] += 1
             progress.update()
     progress.close()
-    stop_if_ungraded(verdicts, counts["code"], path)
+    stop_if_ungraded(verdicts.elements(), kinds, path)
     finish(args, "verified.jsonl", began, "cpu", **verdicts)
 
     # ---------------- what it means

@@ -79,7 +79,7 @@ def keep(row, seen):
 
 
 def sequence(row, tokenizer, p_r):
-    """Token ids of a kept tuple in three parts: x as a prompt; y_init (no end token) P_r; y_revised."""
+    """Token ids of a tuple in three parts: chat(x); y_init (no end token) P_r; y_revised."""
     x = prompt_ids(tokenizer, row["problem"])
     reviser = revision_ids(tokenizer, row["problem"], row["response_ids"], row["reward"], p_r)
     return x, reviser[len(x) :], row["revised_ids"]
@@ -88,9 +88,9 @@ def sequence(row, tokenizer, p_r):
 def srt_backward(model, batch, n_revision, n_generation, context=nullcontext, scaler=None):
     """Backward of the part of the step's L_SRT that these tuples make up; returns it.
 
-    Both losses read the same sequence [x, y_init, P_r, y_revised] and differ in the tokens that
-    they score: n_revision in y_revised, n_generation in [y_init, P_r, y_revised], in the whole step.
-    So one pass serves both: a token's -log π weighs 1 / n_generation, in y_revised 1 / n_revision more.
+    Both losses read the same sequence [x, y_init, P_r, y_revised] and score other tokens of it, in
+    the whole step n_revision (y_revised) and n_generation ([y_init, P_r, y_revised]). So one pass
+    serves both: a token's -log π weighs 1 / n_generation, and in y_revised 1 / n_revision more.
     """
     prompts, completions, weights = [], [], []
     for x, attempt, revised in batch:
@@ -118,7 +118,7 @@ def learning_rate(step, steps, peak):
 
 
 def train(model, tokenizer, tuples, args, device):
-    """Minimise L_SRT over the tuples, into srt/; returns the log's rows."""
+    """Minimise L_SRT over the tuples: srt/, and srt.jsonl, a row a step."""
     folder, log, (context, dtype) = args.out / "srt", args.out / "srt.jsonl", autocast(device)
     betas, decay = (0.9, 0.95), 1e-4
     optimizer = torch.optim.AdamW(
@@ -145,12 +145,10 @@ def train(model, tokenizer, tuples, args, device):
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, args.lr)
         norm = update(model, optimizer, scaler)
         row = {"step": step, "loss": loss, "lr": lr, "gradient_norm": norm, "tokens": n_generation}
-        log_step(log, history, row, steps)
-        progress.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}")
+        log_step(log, history, row, progress)
         if (step + 1) % args.save_every == 0 and step + 1 < steps and norm is not None:
             save_state(folder, step + 1, **state)
     save_model(model, tokenizer, folder)
-    return history
 
 
 def main(argv=None):
@@ -183,7 +181,7 @@ def main(argv=None):
         collect(path, answers, model, tokenizer, args)
         rows = list(read_jsonl(path))
         verdicts = [row["revised_verdict"] for row in rows]
-        stop_if_ungraded(verdicts, any(row["kind"] == "code" for row in rows), path)
+        stop_if_ungraded(verdicts, rows, path)
         counts = Counter(row["kept"] for row in rows)
         finish(args, "revisions.jsonl", began, device, **counts)
     path = find(args, "revisions.jsonl")
@@ -199,11 +197,8 @@ def main(argv=None):
     began = time.time()
     model = model or load_model(args.model, tokenizer, device)
     tuples = [sequence(row, tokenizer, args.p_r) for row in kept]
-    history = train(model, tokenizer, tuples, args, device)
-    skipped = sum(row["gradient_norm"] is None for row in history)
-    finish(args, "srt", began, device, tuples=len(kept), steps=len(history), skipped=skipped)
-    last = f"{len(history)} steps, last loss {history[-1]['loss']:.3f}"
-    print(f"{args.out / 'srt'}: trained on {len(kept)} tuples, {last}")
+    train(model, tokenizer, tuples, args, device)
+    finish(args, "srt", began, device, tuples=len(kept))
 
 
 if __name__ == "__main__":

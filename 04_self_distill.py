@@ -11,9 +11,8 @@
 A step's loss is the sum over all its tokens, divided by their number. The teacher has read the
 whole answer and whether it was right, the student has not: so one bit an answer becomes a
 distribution at every token. The gradient goes through the student only, and not through sampling.
-The teacher is frozen at θ_SRT; each further round starts with teacher := student.
-
-srt/, problems that phase 1 did not use → sd_zero/, distill.jsonl (a row a step), sd_zero.best/.
+The teacher is frozen at θ_SRT; each further round starts with teacher := student. srt/ and problems
+that phase 1 did not use → sd_zero/, distill.jsonl (a row a step), sd_zero.best/ (see save).
 
     python 04_self_distill.py
     python 04_self_distill.py --from runs/demo --out runs/no_srt --start base     # no phase 1
@@ -56,8 +55,7 @@ def kl_backward(student, teacher, kind, tokens, context=nullcontext, **how):
 
     student, teacher: (hidden states [N, H], head). Logits exist for a chunk of positions at a time.
     """
-    teacher_hidden, teacher_head = teacher
-    token_kls = []
+    (teacher_hidden, teacher_head), token_kls = teacher, []
 
     def loss_of(student_logits, at):
         with torch.no_grad(), context():
@@ -70,7 +68,7 @@ def kl_backward(student, teacher, kind, tokens, context=nullcontext, **how):
     return torch.cat(token_kls)
 
 
-# ---------------------------------------------------------------- a step's answers, and what is said about them
+# ---------------------------------------------------------------- the answers of a step
 
 
 def batches_of(problems, steps, size, seed):
@@ -87,12 +85,11 @@ def rollouts(student, tokenizer, batch, step, args):
     """y ~ π_θ(· | x) and r for a step's problems, with the two prefixes that y is scored after."""
     prompts = [prompt_ids(tokenizer, x["problem"]) for x in batch]
     seeds = [row_seed(args.seed, "distill", x["id"], step) for x in batch]
-    how = args.max_new_tokens, args.temperature, args.batch_rows
-    answers = sample(student, prompts, seeds, *how)
+    how = prompts, seeds, args.max_new_tokens, args.temperature, args.batch_rows
+    answers = sample(student, *how)
     texts = [tokenizer.decode(y, skip_special_tokens=True) for y in answers]
     rewards, verdicts, _ = zip(*verify_all(batch, texts))
-    any_code = any(x["kind"] == "code" for x in batch)
-    stop_if_ungraded(verdicts, any_code, f"{args.out}, step {step}", least=8)
+    stop_if_ungraded(verdicts, batch, f"{args.out}, step {step}", least=8)
     rows = []
     for x, generator, y, text, r in zip(batch, prompts, answers, texts, rewards):
         reviser = revision_ids(tokenizer, x["problem"], y, r, args.p_r)
@@ -118,14 +115,14 @@ def mean(values):
 def metrics_of(rows, p_r):
     """Of a step's answers, before its update; kl in nats a token."""
     kls = {bit: sum((r["kl"] for r in rows if r["reward"] == bit), []) for bit in (0, 1)}
-    lengths = [len(r["response_ids"]) for r in rows]
+    tokens = sum(len(r["response_ids"]) for r in rows)
     return {
         "accuracy": mean([r["reward"] for r in rows]),
         "kl": mean(kls[0] + kls[1]),
         "kl_r0": mean(kls[0]),
         "kl_r1": mean(kls[1]),
-        "tokens": sum(lengths),
-        "mean_tokens": mean(lengths),
+        "tokens": tokens,
+        "mean_tokens": tokens / len(rows),
         "finished": mean([r["finished"] for r in rows]),
         "said_wrong": mean([r["response"].count(p_r[0]) for r in rows]),
         "said_right": mean([r["response"].count(p_r[1]) for r in rows]),
@@ -144,17 +141,17 @@ def show(rows, tokenizer):
             tqdm.write(text)
 
 
-def save(folder, step, history, tokenizer, args, state):
-    """What training goes on from, and the model that was right most often in its last three steps."""
-    recent = []
-    for end in range(args.save_every, step + 1, args.save_every):
-        last = history[max(end - 3, end - args.save_every) : end]
-        recent.append(mean([m["accuracy"] for m in last]))
-    if recent[-1] == max(recent):
-        save_model(state["model"], tokenizer, f"{folder}.best")
+def save(folder, history, tokenizer, args, state, last):
+    """The state to go on from, and .best, whose last three batches were right most often."""
+    right, every = torch.tensor([m["accuracy"] for m in history]), args.save_every
+    ends = range(every, len(history) + 1, every)
+    recent = [right[max(end - 3, end - every) : end].mean().item() for end in ends]
     if recent[-1] < 0.85 * max(recent):
         warn(f"{folder}: right were {max(recent):.1%}, now {recent[-1]:.1%}; see {folder}.best")
-    save_state(folder, step, **state)
+    if not last and recent[-1] == max(recent):
+        save_model(state["model"], tokenizer, f"{folder}.best")
+    if not last and history[-1]["gradient_norm"] is not None:
+        save_state(folder, len(history), **state)
 
 
 # ---------------------------------------------------------------- the algorithm
@@ -170,9 +167,7 @@ def flags():
     p.add_argument("--batch-size", type=int, help="answers a step, each to another problem")
     p.add_argument("--lr", type=float, help="constant, after warm-up")
     p.add_argument("--warm-up", type=int, help="steps until --lr is reached")
-    p.add_argument(
-        "--kl", default="reverse", choices=["reverse", "forward", "mixed"], help="of Σ KL"
-    )
+    p.add_argument("--kl", default="reverse", choices=["reverse", "forward", "mixed"], help="kind")
     p.add_argument("--max-new-tokens", type=int, help="longer answers are cut")
     p.add_argument("--temperature", type=float, default=1.0, help="on-policy is 1; the paper: 0.7")
     p.add_argument("--batch-rows", type=int, help="answers sampled at once")
@@ -196,7 +191,7 @@ def main(argv=None):
     problems = load_problems(args.data, args.split, enough, args.allow_code, args.seed)
     problems = [x for x in problems if not used & {x["id"], x["problem"]}][: args.limit]
     if len(problems) < args.batch_size:
-        die(f"phase 1 left {len(problems)} problems, a step needs {args.batch_size}: 01 --limit")
+        die(f"phase 1 left {len(problems)} problems, and a step needs {args.batch_size}")
     decides = "responses.jsonl split steps rounds batch_size lr warm_up kl max_new_tokens"
     if claim(args, "sd_zero", f"{args.start} {decides} temperature save_every", problems):
         return
@@ -212,11 +207,11 @@ def main(argv=None):
     weights, betas = student.parameters(), (0.9, 0.999)
     optimizer = torch.optim.AdamW(weights, args.lr, betas, weight_decay=0.01, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    state = {"model": student, "optimizer": optimizer, "scaler": scaler}
-    state |= {"teacher": teacher} if args.rounds > 1 else {}
+    state = {"model": student, "optimizer": optimizer, "scaler": scaler, "teacher": teacher}
     history, steps = load_state(folder, log, **state), args.steps * args.rounds
     batches = list(batches_of(problems, steps, args.batch_size, args.seed))
-    for step in tqdm(range(len(history), steps), "distill", steps, initial=len(history)):
+    progress = tqdm(range(len(history), steps), "distill", steps, initial=len(history))
+    for step in progress:
         if step and step % args.steps == 0:
             teacher.load_state_dict(student.state_dict())  # a new round
 
@@ -226,9 +221,7 @@ def main(argv=None):
         parts = micro_batches(fits, length, args.micro_tokens)
         tokens = sum(len(row["response_ids"]) for row in fits)
         if not fits:
-            die(
-                f"no answer fits the model's {positions(student)} positions twice: --max-new-tokens"
-            )
+            die(f"no answer fits {positions(student)} positions twice; lower --max-new-tokens")
 
         # ---------------- the teacher reads x, y, P_r, y
         teacher.to(device)
@@ -248,21 +241,18 @@ def main(argv=None):
             for row, of_row in zip(part, kl.split([len(row["response_ids"]) for row in part])):
                 row["kl"] = of_row.tolist()
 
-        # ---------------- step
+        # ---------------- step, and what happened
         lr = optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / args.warm_up)
         norm = update(student, optimizer, scaler)
-
-        # ---------------- what happened
         metrics = {"round": step // args.steps, "step": step, **metrics_of(rows, args.p_r)}
         metrics |= {"too_long": len(rows) - len(fits), "gradient_norm": norm, "lr": lr}
-        log_step(log, history, metrics | {"seconds": time.time() - began}, steps)
+        log_step(log, history, metrics | {"seconds": time.time() - began}, progress)
         if step % 20 == 0:
             show(fits, tokenizer)
-        if (step + 1) % args.save_every == 0 and step + 1 < steps and norm is not None:
-            save(folder, step + 1, history, tokenizer, args, state)
+        if (step + 1) % args.save_every == 0:
+            save(folder, history, tokenizer, args, state, last=step + 1 == steps)
     save_model(student, tokenizer, folder)
     finish(args, "sd_zero", began, device, steps=steps, problems=len(problems))
-    print(f"{folder}: {steps} steps, {metrics['accuracy']:.1%} of the last batch right")
 
 
 if __name__ == "__main__":

@@ -3,18 +3,18 @@
 base, srt/ and sd_zero/, those that there are, answer the test problems, verify, and revise each of
 their own answers once (generate-then-revise).
 
-→ eval.jsonl     a row an answer: the fields of 01 and 02, {checkpoint, greedy}, those of 03 for its
-                 revision; sample -1 is greedy. Sample 0 also has, a number a token, kl = KL(π(· | x,
-                 y_<t) ‖ π(· | x, y, P_r, y_<t)) and kl_reward = log π(y_t | x, y_<t) - log π(y_t | x,
-                 y, P_r, y_<t): above 0 where the reviser would not write y_t
+→ eval.jsonl     a row an answer: fields of 01, 02, and, for its revision, 03; {checkpoint, greedy};
+                 sample -1 is greedy. Sample 0 has, a number a token, kl = KL(π(· | x, y_<t) ‖ π(· |
+                 x, y, P_r, y_<t)) and kl_reward = log π(y_t | x, y_<t) - log π(y_t | x, y, P_r,
+                 y_<t), above 0 where the reviser would not write y_t
 → summary.json   a row a checkpoint; NAME_se: standard error, problems being the units
 → stages.png     accuracy and length;  answers.html  whole answers, tokens coloured by kl_reward
 
-    accuracy         avg@n: the share of the n sampled answers a problem that are right
-    pass_at_k        one of k answers is right, k = n;  maj_at_n: the most frequent one is (mathematics)
+    accuracy         avg@n: of n sampled answers a problem, those that are right
+    pass_at_k        one of k = n is right;  maj_at_n: the most frequent one is (mathematics)
     greedy           accuracy of greedy decoding;  mean_tokens, finished: of the sampled answers
-    revised_accuracy after the model has revised each of its answers, told whether it was right
-    correction_rate  of wrong answers, those that this makes right;  spoiling_rate: right ones, wrong
+    revised_accuracy of each sampled answer's revision, told whether the answer was right
+    correction_rate  wrong answers that this makes right;  spoiling_rate: right ones, wrong
     phrases          control phrases in an answer, said unasked
 
     python 05_eval.py
@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import arguments, claim, die, find, finish, fingerprint, parse, path_of, run_stage
+from common import arguments, claim, die, find, finish, fingerprint, parse, run_stage
 from common import autocast, end_ids, load_model, load_tokenizer, pick_device, positions
 from common import completion_hidden, micro_batches, prompt_ids, revision_ids, row_seed, sample
 from common import in_blocks, load_problems, read_jsonl, same_answer, stop_if_ungraded, verify_all
@@ -41,7 +41,7 @@ from common import write_whole
 
 
 def evaluate(name, folder, problems, done, path, device, args):
-    """A checkpoint's rows into the file `path`: n sampled answers, revised once, and a greedy one."""
+    """A checkpoint's rows into the file `path`: n answers, revised once each, and a greedy one."""
     tokenizer = load_tokenizer(folder)
     tasks = [(x, k) for k in range(-1, args.n) for x in problems]  # k = -1: greedy
     if len(done) == len(tasks):
@@ -50,7 +50,7 @@ def evaluate(name, folder, problems, done, path, device, args):
     progress = tqdm(total=len(tasks), desc=name, unit="answer")
 
     def answers(tasks, prefixes, what, temperature, bar):
-        """(token ids, text, finished, verdict) of each; the noise is the same for all checkpoints."""
+        """(token ids, text, finished, verdict) of each; all checkpoints get the same noise."""
         seeds = [row_seed(args.seed, what, x["id"], k) for x, k in tasks]
         how = args.max_new_tokens, temperature, args.batch_rows, bar
         out = sample(model, prefixes, seeds, *how)
@@ -251,7 +251,7 @@ def main(argv=None):
 
     # ---------------- checkpoints and problems
     began, path, made = time.time(), args.out / "eval.jsonl", args.run["made"]
-    if (best := path_of(args, "sd_zero").with_name("sd_zero.best")).is_dir():
+    if (best := args.out / "sd_zero.best").is_dir() and "sd_zero" in made:
         made["sd_zero.best"] = {**made["sd_zero"], "id": fingerprint(best)}
     there = [name for name in ("base", "srt", "sd_zero") if "counts" in made.get(name, {})]
     folders = {name: find(args, name) for name in args.checkpoints or there}
@@ -274,7 +274,7 @@ def main(argv=None):
     for row in read_jsonl(path):
         rows.setdefault(row["checkpoint"], []).append(row)
     verdicts = [row["verdict"] for row in sum(rows.values(), [])]
-    stop_if_ungraded(verdicts, any(x["kind"] == "code" for x in problems), path)
+    stop_if_ungraded(verdicts, problems, path)
     finish(args, "eval.jsonl", began, device, answers=len(verdicts))
     summary = [summarise(name, of, args.p_r) for name, of in rows.items()]
     write_whole(args.out / "summary.json", json.dumps(summary, indent=1) + "\n")

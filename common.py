@@ -41,9 +41,10 @@ from transformers.cache_utils import DynamicLayer
 
 transformers.utils.logging.disable_progress_bar()  # ours are enough
 HERE = Path(__file__).resolve().parent
-RIGHT = "Let me rephrase the above solution."
-WRONG = "Wait, this response is not correct, let me start over."
-P_R = {1: RIGHT, 0: WRONG}  # the control phrase, by reward
+P_R = {  # the control phrase, by reward
+    1: "Let me rephrase the above solution.",
+    0: "Wait, this response is not correct, let me start over.",
+}
 
 
 # ---------------------------------------------------------------- errors
@@ -60,7 +61,7 @@ def die(message):
 
 
 def run_stage(main):
-    """A script's entry: Ctrl-C, a full disk and a full GPU are one line, all else is a traceback."""
+    """A script's entry: Ctrl-C and what a machine lacks are one line, all else is a traceback."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     go_on = f"the same command goes on where it stopped: python {shlex.join(sys.argv)}"
     try:
@@ -74,23 +75,24 @@ def run_stage(main):
             "the GPU is full; give a lower --batch-rows or --micro-tokens, --gradient-checkpointing"
         )
     except Exception as e:
-        if disk_is_full(e):
+        if error_number(e) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             die(f"the disk is full ({e}); make room, and {go_on}")
+        if error_number(e) in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            die(f"cannot be written: {e}; choose another --out")
         raise
 
 
-def disk_is_full(e):
-    """By errno; torch wraps the OSError that has it, safetensors writes it into its text."""
+def error_number(e):
+    """errno, also of an OSError that torch wraps or that safetensors writes into its text."""
     told = re.search(r"\(os error (\d+)\)", str(e))
     number = int(told[1]) if told else getattr(e, "errno", None)
-    full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return full or e.__context__ is not None and disk_is_full(e.__context__)
+    return number or e.__context__ and error_number(e.__context__)
 
 
 # ---------------------------------------------------------------- command line
 
 DEFAULTS = {  # stage and flag: (with an embedded model, with any other: the paper's numbers)
-    "01 --data": ("data", "open-r1/OpenR1-Math-220k"),
+    "01 --data": (str(HERE / "data"), "open-r1/OpenR1-Math-220k"),
     "01 --limit": (1500, 10_000),
     "01 --max-new-tokens": (320, 16_384),
     "01 --batch-rows": (384, 8),
@@ -130,8 +132,8 @@ def arguments(stage, doc):
     g.add_argument("--model", help="chat model: folder or hub id (default: the base in --data)")
     g.add_argument("--data", help="problems: JSONL file, folder with SPLIT.jsonl, or hub id")
     g.add_argument("--seed", type=int, help="of all sampling and shuffling (default: 0)")
-    g.add_argument("--p-r-right", metavar="P_r", help=f"after a right answer (default: {RIGHT})")
-    g.add_argument("--p-r-wrong", metavar="P_r", help=f"after a wrong answer (default: {WRONG})")
+    g.add_argument("--p-r-right", metavar="P_r", help=f"after a right answer (default: {P_R[1]})")
+    g.add_argument("--p-r-wrong", metavar="P_r", help=f"after a wrong answer (default: {P_R[0]})")
     g.add_argument(
         "--from", dest="other", type=Path, help="be a variant of this run: read it in place"
     )
@@ -153,7 +155,7 @@ def parse(p, argv):
         elif action.default not in (None, False, argparse.SUPPRESS):
             action.help += " (default: %(default)s)"
     args = p.parse_args(argv)
-    open_run(args)
+    args.run = open_run(args)
     for name, (small, paper) in pairs.items():
         if getattr(args, name) is None:
             setattr(args, name, small if args.run["embedded"] else paper)
@@ -167,8 +169,8 @@ def parse(p, argv):
 
 # ---------------------------------------------------------------- a run: a folder with one run.json
 
-MADE_BY = {
-    "base": "01_generate.py",  # the model that a run starts from
+MADE_BY = {  # "base" is the model that a run starts from
+    "base": "01_generate.py",
     "responses.jsonl": "01_generate.py",
     "verified.jsonl": "02_verify.py",
     "revisions.jsonl": "03_revise_sft.py",
@@ -190,15 +192,16 @@ def read_run(folder):
 
 
 def open_run(args):
-    """Set args.run, and the arguments that it settles: of --out, or new: of --from, or of 01's."""
+    """The run of --out, or a new one: a variant of --from, or as 01's arguments say.
+
+    What it settles becomes arguments. No other process can work in it until this one ends.
+    """
+    args.out.mkdir(parents=True, exist_ok=True)
+    args.lock = FileLock(args.out / ".lock", is_singleton=True)
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        args.lock = FileLock(args.out / ".lock", is_singleton=True)
-        args.lock.acquire(timeout=0)  # until this process ends
+        args.lock.acquire(timeout=0)
     except Timeout:
         die(f"{args.out} is in use by another process; wait for it, or choose another --out")
-    except OSError as e:
-        die(f"{args.out} cannot be written: {e.strerror}; choose another --out")
     run = read_run(args.out)
     if not run and args.other:
         run = variant_of(args)
@@ -213,45 +216,39 @@ def open_run(args):
             flag = "--" + name.replace("_", "-")
             die(f"{flag}: the run {args.out} has {settled!r}; for another, choose another --out")
         setattr(args, name, settled)
-    args.run = run
+    return run
 
 
 def new_run(args):
-    """What 01 says for all stages, defaults filled in: an embedded domain brings its own base."""
-    small, paper = DEFAULTS["01 --data"]
+    """Settings as said to 01, or by default: an embedded domain brings its own base."""
     embedded = not args.model or Path(args.model).resolve().is_relative_to(HERE / "data")
-    data = args.data or (str(HERE / small) if embedded else paper)
-    own_base = Path(data, "base")
-    model = args.model or str(own_base if own_base.is_dir() else HERE / "data/base")
-    settings = {"model": model, "data": data, "seed": args.seed or 0}
-    settings |= {"p_r_right": args.p_r_right or RIGHT, "p_r_wrong": args.p_r_wrong or WRONG}
-    base = {"arguments": {}, "id": fingerprint(model), "counts": {}}
+    data = args.data or DEFAULTS["01 --data"][not embedded]
+    base = next(b for b in (Path(data, "base"), HERE / "data/base") if b.is_dir())
+    settings = {"model": args.model or str(base), "data": data, "seed": args.seed or 0}
+    settings |= {"p_r_right": args.p_r_right or P_R[1], "p_r_wrong": args.p_r_wrong or P_R[0]}
+    base = {"arguments": {}, "id": fingerprint(settings["model"]), "counts": {}}
     return {"settings": settings, "embedded": embedded, "from": None, "made": {"base": base}}
 
 
 def variant_of(args):
-    """The run --from without what this and later stages made; each entry says where its artifact is."""
-    run = read_run(args.other) or die(f"--from {args.other} is no run: it has no run.json")
-    last = "revisions.jsonl" if args.stage == "03" else ""
-    made = {
-        name: e for name, e in run["made"].items() if MADE_BY[name][:2] < args.stage or name == last
-    }
-    for entry in made.values():
-        entry["folder"] = os.path.relpath(args.other / entry.get("folder", "."), args.out)
+    """The settings of the run --from, and links to what the stages before this one made there."""
+    run, made = read_run(args.other), {}
+    if not run:
+        die(f"--from {args.other} is no run: it has no run.json")
+    for name, entry in run["made"].items():
+        earlier = MADE_BY.get(name, "05")[:2] < args.stage or name == "revisions.jsonl"
+        if earlier and "counts" in entry:
+            made[name] = entry
+            if name != "base" and not (args.out / name).is_symlink():
+                (args.out / name).symlink_to(os.path.relpath(args.other / name, args.out))
     return {**run, "from": str(args.other), "made": made}
 
 
-def path_of(args, name):
-    """Where an artifact is: in this run, or in the run that it is a variant of."""
-    folder = args.run["made"].get(name, {}).get("folder", ".")
-    return Path(args.model) if name == "base" else args.out / folder / name
-
-
 def find(args, name):
-    """Where an earlier stage's artifact is; dies unless it is there, complete and unchanged."""
-    made, path = args.run["made"], path_of(args, name)
-    again = f"python {MADE_BY[name]} --out {path.parent}"
-    if name not in made or "counts" not in made[name]:
+    """The path of what an earlier stage made; dies unless it is there, complete and unchanged."""
+    path = Path(args.model) if name == "base" else args.out / name
+    made, again = args.run["made"], f"python {MADE_BY[name]} --out {args.out}"
+    if "counts" not in made.get(name, {}):
         die(f"{path} is not there, or not complete; run first: {again}")
     if fingerprint(path) != made[name]["id"]:
         die(f"{path} is gone or was changed; make it again: {again} --overwrite")
@@ -271,32 +268,31 @@ def claim(args, name, decides, problems=None):
     decides: the arguments and artifacts that decide, with the problems, what it will be. What was
     made of others is refused. With --overwrite that, or what is complete, is begun again.
     """
-    made, path = args.run["made"], path_of(args, name)
+    made, path = args.run["made"], args.out / name
     now = {k: made[k]["id"] if k in made else getattr(args, k) for k in decides.split()}
     if problems:
         now["problems"] = hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:16]
     old = made.get(name, {"arguments": {}})
-    differs = [
-        f"{k}: {v!r} there, {now[k]!r} now"
-        for k, v in old["arguments"].items()
-        if v != now.get(k, v)
-    ]
+    was = old["arguments"].items()
+    differs = [f"{k}: {v!r} there, {now[k]!r} now" for k, v in was if v != now.get(k, v)]
     complete = "counts" in old and path.exists() and now.keys() <= old["arguments"].keys()
+    if path.is_symlink() and differs:  # the variant's own will be another one
+        path.unlink()
+        old, differs, complete = {"arguments": {}}, [], False
+    if name not in made and path.exists():
+        differs = ["run.json does not know it"]
     if complete and not differs and not args.overwrite:
         print(f"{path} is there already")
         return True
-    path = args.out / name
-    if "folder" in old or name not in made:  # begun in the run that this is a variant of, or never
-        old, differs = {"arguments": {}}, ["run.json does not know it"] if path.exists() else []
     if differs and not args.overwrite:
         die(f"{path} was made otherwise ({differs[0]}); choose another --out, or --overwrite")
     if differs or complete:
         old = {"arguments": {}}
         for suffix in ("", ".resume", ".best"):
             remove(f"{path}{suffix}")
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     git = ["git", "-C", HERE, "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     made[name] = {"arguments": old["arguments"] | now, "versions": versions, "commit": commit}
     write_whole(args.out / "run.json", json.dumps(args.run, indent=1) + "\n")
     return False
@@ -309,6 +305,7 @@ def finish(args, name, began, device, **counts):
     entry |= {"seconds": round(time.time() - began, 1), "threads": torch.get_num_threads()}
     write_whole(args.out / "run.json", json.dumps(args.run, indent=1) + "\n")
     remove(args.out / f"{name}.resume")
+    print(f"{args.out / name}:", ", ".join(f"{n} {what}" for what, n in counts.items()))
 
 
 def fingerprint(path):
@@ -317,15 +314,15 @@ def fingerprint(path):
     if not path.exists():
         return str(path)
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if file.is_file():
-            with open(file, "rb") as f:
-                digest.update(hashlib.file_digest(f, "sha256").digest())
+        with open(file, "rb") as f:
+            digest.update(hashlib.file_digest(f, "sha256").digest())
     return digest.hexdigest()[:16]
 
 
 def remove(path):
-    """A file, or a folder with all that is in it; nothing if there is nothing."""
-    shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink(missing_ok=True)
+    """A file, a link, or a folder with all that is in it; nothing if there is nothing."""
+    path = Path(path)
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def write_whole(path, text):
@@ -1085,13 +1082,14 @@ def check_code(records, allow_code):
         print(f"programs run in: {isolation()}")
 
 
-def stop_if_ungraded(verdicts, any_code, what, least=1):
+def stop_if_ungraded(verdicts, records, what, least=1):
     """Where more than half of the answers (at least so many) cannot be graded, rewards mean nothing.
 
     Programs may take too long, so timeouts count only where no answer is one.
     """
     count = Counter(verdicts)
     n = sum(count.values())
+    any_code = any(record["kind"] == "code" for record in records)
     ungraded = count["error"] + (0 if any_code else count["timeout"])
     if n >= least and ungraded > n / 2:
         die(
@@ -1252,12 +1250,14 @@ def update(model, optimizer, scaler):
     return norm if math.isfinite(norm) else None
 
 
-def log_step(path, history, row, steps):
+def log_step(path, history, row, progress):
     """File a step's metrics; dies after eight steps in a row without a finite gradient."""
     append_jsonl(path, [row])
     history.append(row)
+    shown = "loss", "accuracy", "kl", "mean_tokens", "lr"
+    progress.set_postfix({name: row[name] for name in shown if name in row})
     lost = [m["gradient_norm"] is None for m in history]
-    if len(lost) >= min(8, steps) and all(lost[-8:]):
+    if len(lost) >= min(8, progress.total) and all(lost[-8:]):
         die(f"{path}: {sum(lost)} of {len(lost)} steps had no finite gradient; try a lower --lr")
     if lost[-1]:
         warn(f"{path}: step {row['step']} has no finite gradient and is skipped")

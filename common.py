@@ -151,7 +151,7 @@ def parse(p, argv):
     for action in p._actions:
         if pair := DEFAULTS.get(f"{p.get_default('stage')} {action.option_strings[0]}"):
             pairs[action.dest] = pair
-            action.help += f" (default: {pair[0]}; with --model: {pair[1]})"
+            action.help += f" (default: {pair[0] or '–'}; with --model: {pair[1]})"
         elif action.default not in (None, False, argparse.SUPPRESS):
             action.help += " (default: %(default)s)"
     args = p.parse_args(argv)

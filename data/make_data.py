@@ -237,9 +237,9 @@ def packed_rows(tokenizer, corpus, length):
 
 
 def pretrain(tokenizer, corpus, folder, tokens, T, seed, B=32, peak=2e-3):
-    """A model that has read `tokens` tokens (padding included) of the corpus, in rows of T, B a step.
+    """A model that has read `tokens` tokens (padding included) of the corpus.
 
-    Learning rate `peak`, cosine.
+    In rows of T, B a step; learning rate `peak`, cosine.
     """
     torch.manual_seed(seed)
     end = tokenizer.eos_token_id

@@ -167,11 +167,8 @@ def flags():
     p.add_argument("--batch-size", type=int, help="answers a step, each to another problem")
     p.add_argument("--lr", type=float, help="constant, after warm-up")
     p.add_argument("--warm-up", type=int, help="steps until --lr is reached")
-    kinds, text = (
-        ["reverse", "forward", "mixed"],
-        "of student‖teacher, teacher‖student, half of each",
-    )
-    p.add_argument("--kl", default="reverse", choices=kinds, help=text)
+    kl = {"default": "reverse", "choices": ["reverse", "forward", "mixed"]}
+    p.add_argument("--kl", **kl, help="KL(student‖teacher), KL(teacher‖student), half of each")
     p.add_argument("--max-new-tokens", type=int, help="longer answers are cut")
     p.add_argument("--temperature", type=float, default=1.0, help="on-policy is 1; the paper: 0.7")
     p.add_argument("--batch-rows", type=int, help="answers sampled at once")

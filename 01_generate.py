@@ -14,7 +14,7 @@ import time
 
 from tqdm import tqdm
 
-from common import arguments, claim, find, finish, parse, run_stage
+from common import arguments, already_made, find, finish, parse, run_stage
 from common import end_ids, load_model, load_problems, load_tokenizer, pick_device, prompt_ids
 from common import in_blocks, read_jsonl, row_seed, sample
 
@@ -37,7 +37,7 @@ def main(argv=None):
     prompts = {x["id"]: prompt_ids(tokenizer, x["problem"]) for x in problems}
     args.run["prompt"] = tokenizer.decode(prompts[problems[0]["id"]])
     decides = "base split limit n max_new_tokens temperature"
-    if claim(args, "responses.jsonl", decides, problems):
+    if already_made(args, "responses.jsonl", decides, problems):
         return
 
     # ---------------- answers

@@ -16,19 +16,19 @@ from itertools import islice
 
 from tqdm import tqdm
 
-from common import append_jsonl, arguments, claim, find, finish, parse, read_jsonl, run_stage, warn
-from common import check_code, stop_if_ungraded, verify_all
+from common import already_made, append_jsonl, arguments, find, finish, parse, read_jsonl, run_stage
+from common import check_code, stop_if_ungraded, verify_all, warn
 
 
 def main(argv=None):
     args = parse(arguments("02", __doc__), argv)
     began, path = time.time(), args.out / "verified.jsonl"
-    source, counts = find(args, "responses.jsonl"), Counter()
+    source, counts, code = find(args, "responses.jsonl"), Counter(), []
     for row in read_jsonl(source):
-        counts.update(answers=1, cut=not row["finished"], code=row["kind"] == "code")
-    kinds = [{"kind": "code"}] if counts["code"] else []
-    check_code(kinds, args.allow_code)
-    if claim(args, "verified.jsonl", "responses.jsonl"):
+        counts.update(answers=1, cut=not row["finished"])
+        code = [row] if row["kind"] == "code" else code  # one is enough to know
+    check_code(code, args.allow_code)
+    if already_made(args, "verified.jsonl", "responses.jsonl"):
         return
 
     # ---------------- a thousand answers at a time are in memory
@@ -43,7 +43,7 @@ def main(argv=None):
             verdicts[verdict] += 1
             progress.update()
     progress.close()
-    stop_if_ungraded(verdicts.elements(), kinds, path)
+    stop_if_ungraded(verdicts.elements(), code, path)
     finish(args, "verified.jsonl", began, "cpu", **verdicts)
 
     # ---------------- what it means

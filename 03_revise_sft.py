@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import arguments, claim, die, find, finish, parse, read_jsonl, run_stage
+from common import arguments, already_made, die, find, finish, parse, read_jsonl, run_stage
 from common import autocast, end_ids, load_model, load_tokenizer, pick_device, save_model
 from common import backward_through_head, completion_hidden, log_step, micro_batches, update
 from common import check_code, stop_if_ungraded, verify_all
@@ -54,13 +54,14 @@ def collect(path, answers, model, tokenizer, args):
         revisions = sample(model, prefixes, seeds, *how)
         texts = [tokenizer.decode(y, skip_special_tokens=True) for y in revisions]
         graded = verify_all([row for row, _ in block], texts)
-        for row in before:
+        for row in before:  # so that copies of these are known
             keep(row, seen)
         for (row, k), y, text, (reward, verdict, _) in zip(block, revisions, texts, graded):
             revised = {"revision": k, "p_r": args.p_r[row["reward"]], "revised": text}
             revised |= {"revised_ids": y, "revised_finished": y[-1] in end_ids(model)}
             revised |= {"revised_reward": reward, "revised_verdict": verdict}
-            rows.append({**row, **revised, "kept": keep({**row, **revised}, seen)})
+            revised = {**row, **revised}
+            rows.append({**revised, "kept": keep(revised, seen)})
 
 
 def keep(row, seen):
@@ -83,6 +84,11 @@ def sequence(row, tokenizer, p_r):
     x = prompt_ids(tokenizer, row["problem"])
     reviser = revision_ids(tokenizer, row["problem"], row["response_ids"], row["reward"], p_r)
     return x, reviser[len(x) :], row["revised_ids"]
+
+
+def length(parts):
+    """Tokens of a tuple, its three parts together."""
+    return sum(map(len, parts))
 
 
 def srt_backward(model, batch, n_revision, n_generation, context=nullcontext, scaler=None):
@@ -140,7 +146,7 @@ def train(model, tokenizer, tuples, args, device):
         batch, loss = batches[step], 0.0
         n_revision = sum(len(revised) for _, _, revised in batch)
         n_generation = n_revision + sum(len(attempt) for _, attempt, _ in batch)
-        for part in micro_batches(batch, lambda t: sum(map(len, t)), args.micro_tokens):
+        for part in micro_batches(batch, length, args.micro_tokens):
             loss += srt_backward(model, part, n_revision, n_generation, context, scaler)
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, args.lr)
         norm = update(model, optimizer, scaler)
@@ -176,7 +182,7 @@ def main(argv=None):
     # ---------------- collect and filter
     model, path = None, args.out / "revisions.jsonl"
     decides = "verified.jsonl base revisions_wrong revisions_right max_new_tokens temperature"
-    if not claim(args, "revisions.jsonl", decides):
+    if not already_made(args, "revisions.jsonl", decides):
         model = load_model(args.model, tokenizer, device)
         collect(path, answers, model, tokenizer, args)
         rows = list(read_jsonl(path))
@@ -192,7 +198,7 @@ def main(argv=None):
         die(f"{path}: nothing was verified correct: more problems, or a stronger base")
 
     # ---------------- train
-    if claim(args, "srt", "revisions.jsonl base epochs lr batch_size"):
+    if already_made(args, "srt", "revisions.jsonl base epochs lr batch_size"):
         return
     began = time.time()
     model = model or load_model(args.model, tokenizer, device)

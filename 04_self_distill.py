@@ -9,10 +9,10 @@
                                                                ▔ the same tokens of the second y
 
 A step's loss is the sum over all its tokens, divided by their number. The teacher has read the
-whole answer and whether it was right, the student has not: so one bit an answer becomes a
+whole answer and whether it was right, the student has not: so one bit per answer becomes a
 distribution at every token. The gradient goes through the student only, and not through sampling.
-The teacher is frozen at θ_SRT; each further round starts with teacher := student. srt/ and problems
-that phase 1 did not use → sd_zero/, distill.jsonl (a row a step), sd_zero.best/ (see save).
+The teacher is frozen at θ_SRT; each further round starts with teacher := student. srt/, problems
+that phase 1 did not use → sd_zero/, distill.jsonl (a row per step), sd_zero.best/ (see save).
 
     python 04_self_distill.py
     python 04_self_distill.py --from runs/demo --out runs/no_srt --start base     # no phase 1
@@ -25,7 +25,7 @@ from contextlib import nullcontext
 import torch
 from tqdm import tqdm
 
-from common import arguments, claim, die, find, finish, parse, read_jsonl, run_stage, warn
+from common import arguments, already_made, die, find, finish, parse, read_jsonl, run_stage, warn
 from common import autocast, end_ids, load_model, load_tokenizer, pick_device, positions, save_model
 from common import backward_through_head, completion_hidden, log_step, micro_batches, update
 from common import load_problems, load_state, prompt_ids, revision_ids, row_seed, sample, save_state
@@ -50,21 +50,21 @@ def token_kl(student_logits, teacher_logits, kind="reverse"):
     return forward if kind == "forward" else 0.5 * forward + 0.5 * reverse
 
 
-def kl_backward(student, teacher, kind, tokens, context=nullcontext, **how):
-    """Backward of Σ KL / tokens through the student; returns the KL at each position, [N].
+def kl_backward(hidden, head, hidden_t, head_t, kind, tokens, context=nullcontext, **how):
+    """Backward of token_kl(head(hidden), head_t(hidden_t)).sum() / tokens through the student.
 
-    student, teacher: (hidden states [N, H], head). Logits exist for a chunk of positions at a time.
+    hidden, hidden_t (the teacher's): [N, H], of which a chunk has logits at a time → the KL, [N].
     """
-    (teacher_hidden, teacher_head), token_kls = teacher, []
+    token_kls = []
 
     def loss_of(student_logits, at):
         with torch.no_grad(), context():
-            teacher_logits = teacher_head(teacher_hidden[at].to(student_logits.device))
+            teacher_logits = head_t(hidden_t[at].to(student_logits.device))
         kl = token_kl(student_logits, teacher_logits, kind)
         token_kls.append(kl.detach())
         return kl.sum() / tokens
 
-    backward_through_head(*student, loss_of, context, **how)
+    backward_through_head(hidden, head, loss_of, context, **how)
     return torch.cat(token_kls)
 
 
@@ -99,7 +99,7 @@ def rollouts(student, tokenizer, batch, step, args):
 
 
 def length(row):
-    """Of what the teacher reads, in tokens: y twice."""
+    """How many tokens the teacher reads: y counts twice."""
     return len(row["reviser"]) + len(row["response_ids"])
 
 
@@ -113,7 +113,7 @@ def mean(values):
 
 
 def metrics_of(rows, p_r):
-    """Of a step's answers, before its update; kl in nats a token."""
+    """The metrics of a step's answers, sampled before its update; kl in nats per token."""
     kls = {bit: sum((r["kl"] for r in rows if r["reward"] == bit), []) for bit in (0, 1)}
     tokens = sum(len(r["response_ids"]) for r in rows)
     return {
@@ -134,7 +134,8 @@ def show(rows, tokenizer):
     """A wrong and a right answer of median length, tokens followed by their KL where ≥ 0.1 nats."""
     for bit in (0, 1):
         kind = sorted((r for r in rows if r["reward"] == bit), key=length)
-        for row in kind[len(kind) // 2 :][:1]:
+        if kind:
+            row = kind[len(kind) // 2]
             text = f"\n── {row['problem']}  [r = {bit}, KL {sum(row['kl']):.2f}]\n"
             for token, kl in zip(row["response_ids"], row["kl"]):
                 text += tokenizer.decode([token]) + (f"⟨{kl:.1f}⟩" if kl >= 0.1 else "")
@@ -142,7 +143,7 @@ def show(rows, tokenizer):
 
 
 def save(folder, history, tokenizer, args, state, last):
-    """The state to go on from, and .best, whose last three batches were right most often."""
+    """The state to go on from, and .best: of the saves, that after the best three batches."""
     right, every = torch.tensor([m["accuracy"] for m in history]), args.save_every
     ends = range(every, len(history) + 1, every)
     recent = [right[max(end - 3, end - every) : end].mean().item() for end in ends]
@@ -194,14 +195,14 @@ def main(argv=None):
     if len(problems) < args.batch_size:
         die(f"phase 1 left {len(problems)} problems, and a step needs {args.batch_size}")
     decides = "responses.jsonl split steps rounds batch_size lr warm_up kl max_new_tokens"
-    if claim(args, "sd_zero", f"{args.start} {decides} temperature save_every", problems):
+    if already_made(args, "sd_zero", f"{args.start} {decides} temperature save_every", problems):
         return
 
     # ---------------- student and teacher start from the same weights and share none
     context, dtype = autocast(device)
     student = load_model(start, tokenizer, device)
     teacher = load_model(start, tokenizer, device, dtype).requires_grad_(False)
-    head, teacher_head = student.get_output_embeddings(), teacher.get_output_embeddings()
+    head, head_t = student.get_output_embeddings(), teacher.get_output_embeddings()
     rest = torch.device("cpu") if args.offload_teacher else device  # where the teacher waits
     if args.gradient_checkpointing:
         student.activation_checkpointing_enable()
@@ -229,16 +230,15 @@ def main(argv=None):
         with torch.no_grad(), context():
             taught = [hidden_after("reviser", part, teacher).to(rest) for part in parts]  # [N, H]
         teacher.to(rest)
-        teacher_head.to(device)  # the KL needs it
+        head_t.to(device)  # the KL needs it
 
         # ---------------- the student reads x, y: KL at each token of y
         student.train()
         for part, hidden_t in zip(parts, taught):
             with context():
                 hidden = hidden_after("generator", part, student)  # [N, H]
-            # the gradient of token_kl(head(hidden), teacher_head(hidden_t)).sum() / tokens
-            pair = (hidden, head), (hidden_t, teacher_head)
-            kl = kl_backward(*pair, args.kl, tokens, context, scaler=scaler)  # [N]
+            how = args.kl, tokens, context
+            kl = kl_backward(hidden, head, hidden_t, head_t, *how, scaler=scaler)  # [N]
             for row, of_row in zip(part, kl.split([len(row["response_ids"]) for row in part])):
                 row["kl"] = of_row.tolist()
 

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import arguments, claim, die, find, finish, fingerprint, parse, run_stage
+from common import arguments, already_made, die, find, finish, fingerprint, parse, run_stage
 from common import autocast, end_ids, load_model, load_tokenizer, pick_device, positions
 from common import completion_hidden, micro_batches, prompt_ids, revision_ids, row_seed, sample
 from common import in_blocks, load_problems, read_jsonl, same_answer, stop_if_ungraded, verify_all
@@ -50,31 +50,32 @@ def evaluate(name, folder, problems, done, path, device, args):
     progress = tqdm(total=len(tasks), desc=name, unit="answer")
 
     def answers(tasks, prefixes, what, temperature, bar):
-        """(token ids, text, finished, verdict) of each; all checkpoints get the same noise."""
+        """Of each task, the fields of 01 and 02; all checkpoints get the same noise."""
         seeds = [row_seed(args.seed, what, x["id"], k) for x, k in tasks]
         how = args.max_new_tokens, temperature, args.batch_rows, bar
         out = sample(model, prefixes, seeds, *how)
         texts = [tokenizer.decode(y, skip_special_tokens=True) for y in out]
-        verdicts = verify_all([x for x, _ in tasks], texts)
-        return zip(out, texts, [y[-1] in end_ids(model) for y in out], verdicts)
+        graded = verify_all([x for x, _ in tasks], texts)
+        for y, text, (reward, verdict, extracted) in zip(out, texts, graded):
+            answer = {"response": text, "response_ids": y, "finished": y[-1] in end_ids(model)}
+            yield answer | {"reward": reward, "verdict": verdict, "extracted": extracted}
 
     for block, _, rows in in_blocks(path, done, tasks, 4 * args.batch_rows, progress):
         for greedy, temperature in ((True, 0.0), (False, args.temperature)):
             part = [(x, k) for x, k in block if (k < 0) == greedy]
             prompts = [prompt_ids(tokenizer, x["problem"]) for x, _ in part]
             found = answers(part, prompts, "eval", temperature, progress)
-            for (x, k), (y, text, finished, (reward, verdict, extracted)) in zip(part, found):
-                row = {"checkpoint": name, **x, "sample": k, "greedy": greedy, "response": text}
-                row |= {"response_ids": y, "finished": finished, "reward": reward}
-                rows.append(row | {"verdict": verdict, "extracted": extracted})
+            for (x, k), answer in zip(part, found):
+                rows.append({"checkpoint": name, **x, "sample": k, "greedy": greedy, **answer})
         sampled = [row for row in rows if not row["greedy"]]
         prefixes = [reviser_prefix(row, tokenizer, args.p_r) for row in sampled]
         part = [(row, row["sample"]) for row in sampled]
         found = answers(part, prefixes, "eval revision", args.temperature, None)
-        for row, (y, text, finished, (reward, verdict, _)) in zip(sampled, found):
-            row |= {"p_r": args.p_r[row["reward"]], "revised": text, "revised_ids": y}
-            row |= {"revised_finished": finished, "revised_reward": reward}
-            row |= {"revised_verdict": verdict}
+        for row, revision in zip(sampled, found):
+            row |= {"p_r": args.p_r[row["reward"]], "revised": revision["response"]}
+            row["revised_ids"] = revision["response_ids"]
+            for field in ("finished", "reward", "verdict"):
+                row[f"revised_{field}"] = revision[field]
         reviser_kl(model, tokenizer, [row for row in sampled if row["sample"] == 0], args.p_r)
 
 
@@ -185,11 +186,10 @@ def print_table(summary):
         line = f"{key:18}"
         for row in summary:
             value, error = row[key], row.get(f"{key}_se")
-            digits = 3 if not isinstance(value, float) or value < 10 else 1
-            cell = (
-                value if isinstance(value, str) else "–" if value is None else f"{value:.{digits}f}"
-            )
-            line += f"{cell if error is None else f'{cell} ± {error:.{digits}f}':>18}"
+            digits = 1 if isinstance(value, float) and value >= 10 else 3
+            cell = f"{value:.{digits}f}" if isinstance(value, float) else str(value or "–")
+            cell += "" if error is None else f" ± {error:.{digits}f}"
+            line += f"{cell:>18}"
         if not key.endswith("_se") and key not in ("problems", "n"):
             print(line)
 
@@ -242,7 +242,8 @@ def main(argv=None):
     p.add_argument("--test-data", help="test problems, like 01's --data; none: the run's own data")
     p.add_argument("--split", default="test", help="split of the test data")
     p.add_argument("--limit", type=int, help="answer the first so many problems")
-    p.add_argument("--checkpoints", nargs="+", metavar="NAME", help="none: base srt sd_zero")
+    names = ["base", "srt", "sd_zero", "sd_zero.best"]
+    p.add_argument("--checkpoints", nargs="+", choices=names, help="none: the first three")
     p.add_argument("--n", type=int, help="sampled answers a problem")
     p.add_argument("--max-new-tokens", type=int, help="longer answers are cut")
     p.add_argument("--temperature", type=float, default=1.0, help="of the sampled answers")
@@ -251,8 +252,6 @@ def main(argv=None):
 
     # ---------------- checkpoints and problems
     began, path, made = time.time(), args.out / "eval.jsonl", args.run["made"]
-    if (best := args.out / "sd_zero.best").is_dir() and "sd_zero" in made:
-        made["sd_zero.best"] = {**made["sd_zero"], "id": fingerprint(best)}
     there = [name for name in ("base", "srt", "sd_zero") if "counts" in made.get(name, {})]
     folders = {name: find(args, name) for name in args.checkpoints or there}
     data = args.test_data or args.data
@@ -264,18 +263,20 @@ def main(argv=None):
     for folder in folders.values():
         load_tokenizer(folder)
     decides = "test_data split limit n max_new_tokens temperature"
-    claim(args, "eval.jsonl", " ".join([decides, *folders]), problems)
+    already_made(args, "eval.jsonl", " ".join([decides, *folders]), problems, grows=True)
 
     # ---------------- answers, numbers, figures
     for name, folder in folders.items():
         done = [row for row in read_jsonl(path, mend=True) if row["checkpoint"] == name]
         evaluate(name, folder, problems, done, path, device, args)
-    rows = {name: [] for name in folders}
+    rows = {}
     for row in read_jsonl(path):
         rows.setdefault(row["checkpoint"], []).append(row)
+    rows = {name: of for name, of in rows.items() if len(of) == len(problems) * (args.n + 1)}
     verdicts = [row["verdict"] for row in sum(rows.values(), [])]
     stop_if_ungraded(verdicts, problems, path)
-    finish(args, "eval.jsonl", began, device, answers=len(verdicts))
+    if fingerprint(path) != made["eval.jsonl"].get("id"):
+        finish(args, "eval.jsonl", began, device, answers=len(verdicts))
     summary = [summarise(name, of, args.p_r) for name, of in rows.items()]
     write_whole(args.out / "summary.json", json.dumps(summary, indent=1) + "\n")
     print_table(summary)

@@ -43,7 +43,7 @@ from data.problems import load_problems  # noqa: F401
 
 transformers.utils.logging.disable_progress_bar()  # ours are enough
 HERE = Path(__file__).resolve().parent
-P_R = {  # the control phrase, by reward
+P_R = {  # the control phrase by reward: --p-r-right, --p-r-wrong → args.p_r → revision_ids()
     1: "Let me rephrase the above solution.",
     0: "Wait, this response is not correct, let me start over.",
 }
@@ -222,7 +222,7 @@ def open_run(args):
 
 def new_run(args):
     """Settings as said to 01, or by default: an embedded domain brings its own base."""
-    embedded = not args.model or Path(args.model).resolve().is_relative_to(HERE / "data")
+    embedded = not args.model or Path(args.model).resolve() in (HERE / "data").rglob("base")
     data = args.data or DEFAULTS["01 --data"][not embedded]
     base = next(b for b in (Path(data, "base"), HERE / "data/base") if b.is_dir())
     settings = {"model": args.model or str(base), "data": data, "seed": args.seed or 0}
@@ -237,11 +237,12 @@ def variant_of(args):
     if not run:
         die(f"--from {args.other} is no run: it has no run.json")
     for name, entry in run["made"].items():
-        earlier = MADE_BY.get(name, "05")[:2] < args.stage or name == "revisions.jsonl"
-        if earlier and "counts" in entry:
+        earlier = MADE_BY[name][:2] < args.stage or (name, args.stage) == ("revisions.jsonl", "03")
+        if name == "base" or earlier and "counts" in entry:
             made[name] = entry
-            if name != "base" and not (args.out / name).is_symlink():
-                (args.out / name).symlink_to(os.path.relpath(args.other / name, args.out))
+        if name in made and name != "base":
+            remove(args.out / name)
+            (args.out / name).symlink_to(os.path.relpath(args.other / name, args.out))
     return {**run, "from": str(args.other), "made": made}
 
 
@@ -252,34 +253,37 @@ def find(args, name):
     if "counts" not in entry:
         die(f"{path} is not there, not complete, or of an earlier try; run first: {again}")
     if fingerprint(path) != entry["id"]:
-        die(f"{path} is gone, or not what {MADE_BY[name]} made; make it again: {again} --overwrite")
+        mend = "begin another run" if name == "base" else f"make it again: {again} --overwrite"
+        die(f"{path} is gone or was changed since {MADE_BY[name]} noted it; {mend}")
     return path
 
 
-def claim(args, name, decides, problems=None):
-    """Begin or go on with an artifact: its entry in run.json. True if it is complete already.
+def already_made(args, name, decides, problems=None, grows=False):
+    """True if an artifact of this stage is complete; else begins, or goes on with, its entry.
 
     decides: the arguments and artifacts that decide, with the problems, what it will be. What was
-    made of others is refused. With --overwrite that, or what is complete, is begun again.
+    made of others is refused; with --overwrite it, and what is complete, is made again.
+    grows: of other artifacts than before it may be, as 05 adds checkpoints.
     """
     made, path = args.run["made"], args.out / name
     now = {k: made[k]["id"] if k in made else getattr(args, k) for k in decides.split()}
     if problems:
         now["problems"] = hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:16]
     was = made.get(name, {}).get("arguments", {})
-    differs = [f"{k}: {v!r} there, {now[k]!r} now" for k, v in was.items() if v != now.get(k, v)]
-    if path.is_symlink() and differs:  # this variant's will be another one
-        remove(path)
-        was, differs = {}, []
+    keys = was.keys() & now.keys() if grows or not was else was.keys() | now.keys()
+    differs = [
+        f"{k}: {was.get(k)!r} there, {now.get(k)!r} now" for k in keys if was.get(k) != now.get(k)
+    ]
     if path.exists() and name not in made:
-        differs = ["run.json does not know it"]
-    if differs and not args.overwrite:
-        die(f"{path} was made otherwise ({differs[0]}); choose another --out, or --overwrite")
+        differs = ["it, or what it was made from, is of an earlier try"]
+    if differs and not args.overwrite and not path.is_symlink():
+        die(f"{path} was made otherwise ({min(differs)}); choose another --out, or --overwrite")
     complete = "counts" in made.get(name, {}) and path.exists() and now.keys() <= was.keys()
-    if complete and not args.overwrite:
+    if complete and not differs and not args.overwrite:
         print(f"{path} is there already")
+        remove(f"{path}.resume")
         return True
-    if differs or complete:
+    if differs or complete:  # a link stays behind: the variant's own will be another one
         was = {}
         for suffix in ("", ".resume", ".best"):
             remove(f"{path}{suffix}")
@@ -298,6 +302,8 @@ def finish(args, name, began, device, **counts):
     entry = args.run["made"][name]
     entry |= {"id": fingerprint(args.out / name), "device": str(device), "counts": counts}
     entry |= {"seconds": round(time.time() - began, 1), "threads": torch.get_num_threads()}
+    if (best := args.out / f"{name}.best").exists():
+        args.run["made"][best.name] = {**entry, "id": fingerprint(best)}
     write_whole(args.out / "run.json", json.dumps(args.run, indent=1) + "\n")
     remove(args.out / f"{name}.resume")
     print(f"{args.out / name}:", ", ".join(f"{n} {what}" for what, n in counts.items()))
@@ -345,6 +351,8 @@ def read_jsonl(path, mend=False):
                 os.truncate(path, end)
                 return
             end += len(line)
+            if not line.strip():
+                continue
             try:
                 yield {**json.loads(line.decode())}
             except (ValueError, TypeError, RecursionError) as e:
@@ -352,7 +360,7 @@ def read_jsonl(path, mend=False):
 
 
 def in_blocks(path, done, tasks, size, progress):
-    """(block of tasks, rows of those before it, a list to fill with the block's rows), in turn.
+    """(block of tasks, rows of those before it, a list for the caller to fill with rows), in turn.
 
     They are appended to `path`, where an earlier try left the rows `done`. A block that it left
     unfinished is made again as a whole, so that every answer has the same neighbours and rounding.

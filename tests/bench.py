@@ -1,36 +1,31 @@
-"""How fast and how small, beside what people would use instead: one table, in one process, peers measured in turns with ours.
+"""How fast and how small, beside what people would use instead, measured in turns with ours.
 
-    sampling   answers a second: common.sample against model.generate at its best batch size
-    kl         time and peak memory of the KL and its gradient, from hidden states: ours by chunks, plain logits, TRL, liger (on a GPU)
-    step       one distillation step (sample, verify, teacher, student, update): 04_self_distill.py against TRL's SDPO trainer
+    sampling   512 answers: common.sample against model.generate at its best batch size
+    kl         the KL and its gradient from hidden states: ours by chunks, plain logits, TRL
+    step       a distillation step: 04_self_distill.py against TRL's SDPO trainer
     stages     the five stages end to end, and what the time goes into
-    scaling    time and memory against length, batch and vocabulary → data/scaling.png
-    large      on a GPU only: sampling, training and memory with Qwen3-4B's shape and random weights, against the hardware's limits
+    large      on a GPU of 80 GB: Qwen3-4B's shape, random weights, beside the GPU's own limit
 
-Times are medians of the repeats, with the range. Memory is the peak over what was held before: of the process (Linux), or of the GPU's
-allocator. A peer that is not installed is skipped: pip install trl==1.13.0; pip install liger-kernel.
+Times are medians, with the range. Memory is the peak over what was held before: of the process
+(Linux), or of the GPU's allocator. Without TRL (pip install trl==1.13.0) the rest is measured.
 
-    python tests/bench.py                    # 25 minutes on 2 cores; writes data/bench.json, data/scaling.png and the README's table
-    python tests/bench.py sampling kl        # only these; the other parts stay as they were
-    python tests/bench.py --check            # does the README hold what data/bench.json says?
+    python tests/bench.py                # all: half an hour on 2 cores
+    python tests/bench.py sampling kl    # only these; the other parts stay as they were
 """
 
 import argparse
 import contextlib
+import ctypes
 import gc
 import importlib.util
-import io
 import json
-import os
-import platform
 import re
-import statistics
 import sys
 import tempfile
-import threading
 import time
-import traceback
+from functools import partial
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -41,799 +36,343 @@ from conftest import ROOT, common, filled_in, load, rows_of  # noqa: E402
 
 DEVICE = common.pick_device("auto")
 CONTEXT, DTYPE = common.autocast(DEVICE)
-BASE = ROOT / "data/base"
-L_MAX = 320
+CUDA, TRL = DEVICE.type == "cuda", importlib.util.find_spec("trl")
+BASE, TABLE, FILED = ROOT / "data/base", ROOT / "data/claims/README.md", ROOT / "data/bench.json"
+L_MAX, DISTILL = 320, load("04_self_distill.py")
 
 
 # ---------------------------------------------------------------- measuring
 
 
-def resident():
-    """Bytes of memory of this process; nan where /proc does not tell."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
-    except OSError:
-        return float("nan")
+def peak():
+    """Bytes at most until now, of the GPU or of this process (Linux); nan where nothing tells."""
+    if CUDA:
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s*(\d+)", status.read_text() if status.exists() else "")
+    return int(found[1]) * 1024 if found else float("nan")
 
 
 def measured(f):
     """(seconds, peak bytes over what was held before, result) of one call."""
     gc.collect()
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+    if CUDA:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        before, began = torch.cuda.memory_allocated(), time.perf_counter()
-        result = f()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory kept for later would hide the peak
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before, began = peak(), time.perf_counter()
+    result = f()
+    if CUDA:
         torch.cuda.synchronize()
-        return time.perf_counter() - began, torch.cuda.max_memory_allocated() - before, result
-    with contextlib.suppress(
-        OSError, AttributeError
-    ):  # give freed memory back, or it would hide the next peak
-        import ctypes
-
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    before, done = resident(), threading.Event()
-    peak = [before]
-
-    def watch():
-        while not done.wait(0.005):
-            peak[0] = max(peak[0], resident())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    began = time.perf_counter()
-    try:
-        result = f()
-    finally:
-        seconds = time.perf_counter() - began
-        done.set()
-        watcher.join()
-    return seconds, peak[0] - before, result
-
-
-def no_memory(error):
-    return re.search("out of memory|ALLOC_FAILED|can't allocate memory", str(error))
+    return time.perf_counter() - began, peak() - before, result
 
 
 def in_turns(repeats, **contestants):
-    """{name: {"seconds": [...], "bytes": [...]}}, all of them once, then all again; results of the last turn under "result".
-
-    On a GPU one more turn comes first and does not count: kernels are loaded and compiled. Who needs more memory than there is, drops out.
-    """
-    table = {name: {"seconds": [], "bytes": [], "result": None} for name in contestants}
-    for turn in range(-1 if DEVICE.type == "cuda" else 0, repeats):
-        for name in list(table):
-            try:
-                seconds, size, table[name]["result"] = measured(contestants[name])
-            except RuntimeError as e:
-                if name == "ours" or not no_memory(e):
-                    raise
-                print(f"{name}: more memory than there is", file=sys.stderr)
-                del table[name]
-                continue
-            if turn >= 0:
-                table[name]["seconds"].append(seconds)
-                table[name]["bytes"].append(size)
+    """{name: {seconds: [...], bytes: [...], result}}: each of them once, then each again."""
+    table = {name: {"seconds": [], "bytes": []} for name in contestants}
+    for f in contestants.values() if CUDA else ():
+        f()  # loads kernels
+    for name, f in [*contestants.items()] * repeats:
+        seconds, size, table[name]["result"] = measured(f)
+        table[name]["seconds"].append(seconds)
+        table[name]["bytes"].append(size)
     return table
 
 
-def installed(name):
-    if importlib.util.find_spec(name):
-        return True
-    print(f"{name} is not installed, so it is not measured: pip install {name}", file=sys.stderr)
-    return False
+def entry(part, case, what, table):
+    """A row of data/bench.json; what: the contestants' results are."""
+    runs, note = {}, []
+    for name, t in table.items():
+        s = list(map(float, t["seconds"]))
+        runs[name] = {"turns": len(s), "seconds": median(s), "low": min(s), "high": max(s)}
+        runs[name]["bytes"] = max(t["bytes"])
+        note.append(f"{name} {t['result']}")
+    return {"part": part, "case": case, "note": f"{what}: {', '.join(note)}", "runs": runs}
 
 
-def qwen3(
-    vocabulary,
-    hidden=128,
-    layers=6,
-    heads=4,
-    kv_heads=2,
-    head_dim=32,
-    intermediate=384,
-    dtype=torch.float32,
-):
-    """Random weights in Qwen3's architecture; by default the shape of data/base. No token ends an answer."""
-    config = transformers.Qwen3Config(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        intermediate_size=intermediate,
-        max_position_embeddings=65536,
-        tie_word_embeddings=True,
-    )
+TINY = {"hidden": 128, "layers": 6, "heads": 4, "kv_heads": 2, "head_dim": 32, "intermediate": 384}
+QWEN3_4B = {"vocabulary": 151936, "hidden": 2560, "layers": 36, "heads": 32, "kv_heads": 8}
+QWEN3_4B |= {"head_dim": 128, "intermediate": 9728}
+
+
+def qwen3(shape, dtype=torch.float32):
+    """Random weights in Qwen3's architecture. No token ends an answer."""
+    how = {"vocab_size": shape["vocabulary"], "hidden_size": shape["hidden"]}
+    how |= {"num_hidden_layers": shape["layers"], "num_attention_heads": shape["heads"]}
+    how |= {"num_key_value_heads": shape["kv_heads"], "head_dim": shape["head_dim"]}
+    how |= {"intermediate_size": shape["intermediate"], "max_position_embeddings": 2**17}
     torch.manual_seed(0)
     with torch.device(DEVICE):
+        config = transformers.Qwen3Config(**how, tie_word_embeddings=True)
         model = transformers.Qwen3ForCausalLM(config).to(dtype).eval()
-    model.generation_config.eos_token_id = [vocabulary]
+    model.generation_config.eos_token_id = [shape["vocabulary"]]
     return model
 
 
-# ---------------------------------------------------------------- the contests
-
-
-def sampling(repeats):
+def base(n):
+    """data/base, its tokenizer, and n prompts."""
     tokenizer = common.load_tokenizer(BASE)
-    model = common.load_model(BASE, tokenizer, DEVICE)
-    prompts = [
-        common.prompt_ids(tokenizer, x["problem"])
-        for x in common.load_problems(ROOT / "data", "train", 512)
-    ]
+    problems = common.load_problems(ROOT / "data", "train", n)
+    prompts = [common.prompt_ids(tokenizer, x["problem"]) for x in problems]
+    return common.load_model(BASE, tokenizer, DEVICE), tokenizer, prompts
 
-    def generate(prompts, rows):
+
+# ---------------------------------------------------------------- the parts: each yields its rows
+
+
+def sampling(repeats, n=512):
+    model, tokenizer, prompts = base(n)
+    how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    how |= {"max_new_tokens": L_MAX, "pad_token_id": tokenizer.pad_token_id}
+
+    def generate(rows):
         answers = []
-        for b in range(0, len(prompts), rows):
-            part = prompts[b : b + rows]
-            T = max(map(len, part))
-            ids = torch.tensor([[0] * (T - len(p)) + p for p in part], device=DEVICE)
-            mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in part], device=DEVICE)
+        for b in range(0, n, rows):
+            batch = {"input_ids": prompts[b : b + rows]}
+            batch = tokenizer.pad(batch, padding_side="left", return_tensors="pt").to(DEVICE)
             with CONTEXT():
-                out = model.generate(
-                    ids,
-                    attention_mask=mask,
-                    do_sample=True,
-                    temperature=1.0,
-                    top_k=0,
-                    top_p=1.0,
-                    max_new_tokens=L_MAX,
-                    pad_token_id=tokenizer.pad_token_id,
-                )[:, T:].tolist()
-            ends = [
-                next((j for j, t in enumerate(y) if t in common.end_ids(model)), L_MAX - 1)
-                for y in out
-            ]
-            answers += [y[: end + 1] for y, end in zip(out, ends)]
-        return answers
+                out = model.generate(**batch, **how)[:, batch["input_ids"].shape[1] :]
+            answers += [y[y != tokenizer.pad_token_id] for y in out]
+        return round(sum(map(len, answers)) / n)
 
-    best = min((64, 128, 256, 512), key=lambda rows: measured(lambda: generate(prompts, rows))[0])
-    table = in_turns(
-        repeats,
-        ours=lambda: common.sample(model, prompts, range(len(prompts)), L_MAX),
-        generate=lambda: generate(prompts, best),
-    )
-    lengths = {name: [len(y) for y in row["result"]] for name, row in table.items()}
-    note = "; ".join(
-        f"{name}: {np.mean(n):.0f} ± {np.std(n) / len(n) ** 0.5:.0f} tokens, a tenth above {np.percentile(n, 90):.0f}"
-        for name, n in lengths.items()
-    )
-    return [
-        entry(
-            "sampling",
-            f"{len(prompts)} answers of data/base; generate: {best} rows",
-            table,
-            note,
-            len(prompts),
-            "answers/s",
-        )
-    ]
+    def ours():
+        return round(sum(map(len, common.sample(model, prompts, range(n), L_MAX))) / n)
+
+    best = min((64, 128, 256, 512), key=lambda rows: measured(partial(generate, rows))[0])
+    table = in_turns(repeats, ours=ours, generate=partial(generate, best))
+    case = f"{n} answers of data/base; generate: {best} rows"
+    yield entry("sampling", case, "tokens an answer", table)
 
 
-def kl(repeats):
-    stage, rows = load("04_self_distill.py"), []
-    for V, H, N in ((151936, 1024, 4096), (400, 128, 4096)):
+def kl(repeats, cases=((151936, 1024, 4096), (400, 128, 4096))):
+    for V, H, N in cases:
         g = torch.Generator().manual_seed(0)
         hidden, other = (torch.randn(N, H, generator=g).to(DEVICE) for _ in range(2))
         head, teacher_head = (torch.nn.Linear(H, V, bias=False, device=DEVICE) for _ in range(2))
         teacher_head.requires_grad_(False)
 
-        def run(backward):
-            def one():
-                h = hidden.clone().requires_grad_()
-                total = backward(h)
-                head.zero_grad()  # or the next one would find the head's gradient there already
-                return float(total), h.grad.norm().item()
-
-            return one
-
-        def ours(h):
-            return stage.kl_backward(h, head, other, teacher_head, "reverse", N, CONTEXT).sum() / N
-
-        def naive(h):
-            with CONTEXT():
-                logits, teacher_logits = head(h), teacher_head(other)
-            loss = stage.token_kl(logits, teacher_logits).sum() / N
-            loss.backward()
-            return loss.detach()
-
-        contestants = {"ours": run(ours), "plain logits": run(naive)}
-        if installed("trl"):
-            from trl.experimental.sdpo.loss_utils import compute_full_logit_self_distillation_loss
-
-            def trl(h):
-                with CONTEXT():  # in which its log_softmax is float32, too
-                    loss = (
-                        compute_full_logit_self_distillation_loss(
-                            head(h), teacher_head(other), distillation_alpha=1.0
-                        ).sum()
-                        / N
-                    )
+        def once(kl_of):
+            h = hidden.clone().requires_grad_()
+            if kl_of is DISTILL.kl_backward:
+                pair = (h, head), (other, teacher_head)
+                loss = kl_of(*pair, "reverse", N, CONTEXT).sum() / N
+            else:  # a peer: all N · V logits at once
+                with CONTEXT():
+                    loss = kl_of(head(h), teacher_head(other)).sum() / N
                 loss.backward()
-                return loss.detach()
+            head.zero_grad()  # or the next one would find its memory there already
+            return f"{loss.item():.6f} and {h.grad.norm():.4e}"
 
-            contestants["TRL"] = run(trl)
-        if DEVICE.type == "cuda" and installed("liger_kernel"):
-            from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+        contestants = {"ours": DISTILL.kl_backward, "plain logits": DISTILL.token_kl}
+        if TRL:
+            from trl.experimental.sdpo import loss_utils
 
-            liger_loss = LigerFusedLinearJSDLoss(
-                weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0
-            )
-
-            def liger(h):
-                with CONTEXT():  # its cross-entropy has weight 0, and is computed all the same
-                    none = torch.zeros(N, dtype=torch.long, device=DEVICE)
-                    loss = liger_loss(h, head.weight, other, teacher_head.weight, none, None, None)
-                loss.backward()
-                return loss.detach()
-
-            contestants["liger"] = run(liger)
-        table = in_turns(repeats, **contestants)
-        note = "; ".join(
-            f"{name}: loss {row['result'][0]:.6f}, ‖∂L/∂h‖ {row['result'][1]:.4e}"
-            for name, row in table.items()
-        )
-        rows.append(entry("kl", f"{N} positions, V = {V:,}, H = {H}", table, note))
-        del hidden, other, head, teacher_head, contestants, table
-    return rows
+            trl_loss = loss_utils.compute_full_logit_self_distillation_loss
+            contestants["TRL"] = partial(trl_loss, distillation_alpha=1.0)
+        table = in_turns(repeats, **{name: partial(once, f) for name, f in contestants.items()})
+        case = f"{N} positions, V = {V:,}, H = {H}"
+        yield entry("kl", case, "loss and its gradient's norm", table)
 
 
-def step(repeats):
-    tokenizer = common.load_tokenizer(BASE)
-    size, prefix = (
-        64,
-        [
-            common.prompt_ids(tokenizer, x["problem"])
-            for x in common.load_problems(ROOT / "data", "train", 64)
-        ],
-    )
-    model = common.load_model(BASE, tokenizer, DEVICE)
-    attempts = [
-        tokenizer.decode(y, skip_special_tokens=True)
-        for y in common.sample(model, prefix, range(size), L_MAX)
-    ]
-    contestants = {"ours": lambda: steps_of_ours(repeats + 1, size)}
-    if installed(
-        "trl"
-    ):  # rows a forward pass: all at once, or in parts; ours fills passes of 2,048 tokens
-        for rows in (64, 16, 8):
-            contestants[f"TRL, {rows} rows"] = lambda rows=rows: steps_of_trl(
-                repeats + 1, size, rows, tokenizer, attempts
-            )
-    turns = [{name: f() for name, f in contestants.items()} for _ in range(2)]
-    table = {
-        name: {
-            "seconds": [s for turn in turns for s in turn[name]["seconds"]],
-            "bytes": [b for turn in turns for b in turn[name]["bytes"]],
-            "tokens": np.mean([turn[name]["tokens"] for turn in turns]),
-        }
-        for name in contestants
-    }
-    note = "the first step of two runs is left out; tokens an answer: " + ", ".join(
-        f"{name} {row['tokens']:.0f}" for name, row in table.items()
-    )
-    return [
-        entry(
-            "step", f"data/base, {size} answers of at most {L_MAX} tokens, reverse KL", table, note
-        )
-    ]
+def step(repeats, size=64):
+    contestants = {"ours": steps_of_ours}
+    if TRL:  # rows a forward pass: all, or few; ours fills passes of 2,048 tokens
+        contestants |= {f"TRL, {rows} rows": partial(steps_of_trl, rows) for rows in (size, 8)}
+    table = {name: {"seconds": [], "bytes": []} for name in contestants}
+    for name, f in [*contestants.items()] * 2:
+        seconds, most, table[name]["result"] = f(n=repeats + 1, size=size)
+        table[name]["seconds"] += list(seconds)
+        table[name]["bytes"].append(most)
+    case = f"data/base, {size} answers of at most {L_MAX} tokens, the first of each run left out"
+    yield entry("step", case, "tokens an answer", table)
 
 
 def steps_of_ours(n, size):
-    """Seconds of each step but the first, as 04 logs them, tokens an answer, and the peak of the whole run."""
-    stage = load("04_self_distill.py")
-    with tempfile.TemporaryDirectory() as out, quiet():
-        (Path(out) / "none.jsonl").write_text(
-            json.dumps({"id": "none", "problem": "none", "response_ids": [1], "reward": 0}) + "\n"
-        )
-        flags = ["--srt", BASE, "--verified", Path(out) / "none.jsonl", "--out", out]
-        _, peak, _ = measured(
-            lambda: stage.main(
-                [
-                    *map(str, flags),
-                    "--steps",
-                    str(n),
-                    "--batch-size",
-                    str(size),
-                    "--show-every",
-                    "999",
-                ]
-            )
-        )
-        log = rows_of(Path(out) / "distill.jsonl")
-    return {
-        "seconds": list(np.diff([m["seconds"] for m in log])),
-        "bytes": [peak],
-        "tokens": np.mean([m["mean_tokens"] for m in log[1:]]),
-    }
+    """(seconds of n steps but the first, peak bytes of the run, tokens an answer)"""
+    with tempfile.TemporaryDirectory() as out:
+        load("01_generate.py").main(["--limit", "1", "--max-new-tokens", "9", "--out", out])
+        flags = ["--start", "base", "--steps", n, "--batch-size", size, "--out", out]
+        most = measured(partial(DISTILL.main, list(map(str, flags))))[1]
+        log = rows_of(Path(out, "distill.jsonl"))
+    seconds, tokens = ([m[name] for m in log] for name in ("seconds", "mean_tokens"))
+    return np.diff(seconds), most, round(np.mean(tokens[1:]))
 
 
-def steps_of_trl(n, size, rows, tokenizer, attempts):
-    """The same with TRL. Its teacher reads an attempt and our P_r as feedback on each answer: sequences as long as ours."""
+def steps_of_trl(rows, n, size):
+    """The same. Its teacher reads an attempt and our P_r as feedback: sequences as long as ours."""
     from datasets import Dataset
     from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
-    problems = common.load_problems(ROOT / "data", "train", size * n)
-    data = Dataset.from_list(
-        [
-            {
-                "prompt": [{"role": "user", "content": x["problem"]}],
-                "answer": x["answer"],
-                "privileged_context": attempts[i % size],
-            }
-            for i, x in enumerate(problems)
-        ]
-    )
+    model, tokenizer, prompts = base(size)
+    attempts = common.sample(model, prompts, range(size), L_MAX)
+    attempts = tokenizer.batch_decode(attempts, skip_special_tokens=True)
+    data, at, lengths = [], [], []
+    for i, x in enumerate(common.load_problems(ROOT / "data", "train", size * n)):
+        turn, attempt = [{"role": "user", "content": x["problem"]}], attempts[i % size]
+        data.append({"prompt": turn, "answer": x["answer"], "privileged_context": attempt})
 
     def reward(completions, completion_ids, answer, **_):
         lengths.extend(map(len, completion_ids))
-        return [
-            float(common.verify({"answer": a}, c[0]["content"])[0])
-            for c, a in zip(completions, answer)
-        ]
-
-    at, lengths = [], []
+        texts = [turns[0]["content"] for turns in completions]
+        return [float(common.verify({"answer": a}, y)[0]) for a, y in zip(answer, texts)]
 
     class Clock(transformers.TrainerCallback):
         def on_step_end(self, *args, **kwargs):
-            if DEVICE.type == "cuda":
+            if CUDA:
                 torch.cuda.synchronize()
             at.append(time.perf_counter())
 
-    def train():
-        config = SDPOConfig(
-            output_dir=out,
-            per_device_train_batch_size=rows,
-            gradient_accumulation_steps=size // rows,
-            max_steps=n,
-            num_generations=1,
-            scale_rewards="none",
-            max_completion_length=L_MAX,
-            temperature=1.0,
-            learning_rate=2e-4,
-            distillation_mode="full_logits",
-            distillation_alpha=1.0,
-            distillation_is_clip=None,
-            teacher_model_kind="base",
-            use_successful_as_teacher=False,
-            include_environment_feedback=True,
-            reprompt_template="{prompt}{feedback}",
-            feedback_template="\n\n{feedback_raw}" + common.delimiter(0),
-            bf16=DTYPE == torch.bfloat16,
-            fp16=DTYPE == torch.float16,
-            gradient_checkpointing=False,
-            use_cpu=DEVICE.type == "cpu",
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-            logging_steps=10**6,
-        )
-        model = common.load_model(BASE, tokenizer, DEVICE)
-        model.config._name_or_path = str(BASE)
-        SDPOTrainer(
-            model=model,
-            reward_funcs=reward,
-            args=config,
-            train_dataset=data,
-            processing_class=tokenizer,
-            callbacks=[Clock()],
-        ).train()
-
-    with tempfile.TemporaryDirectory() as out, quiet():
-        _, peak, _ = measured(train)
-    return {"seconds": list(np.diff(at)), "bytes": [peak], "tokens": np.mean(lengths[size:])}
-
-
-@contextlib.contextmanager
-def quiet():
-    """Without the scripts' own lines and bars, unless one fails."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            yield
-    except BaseException:
-        print(said.getvalue()[-2000:], file=sys.stderr)
-        raise
+    how = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": size // rows}
+    how |= {"max_steps": n, "num_generations": 1, "scale_rewards": "none", "temperature": 1.0}
+    how |= {"max_completion_length": L_MAX, "gradient_checkpointing": False, "report_to": "none"}
+    how |= {"distillation_mode": "full_logits", "distillation_alpha": 1.0}
+    how |= {"distillation_is_clip": None, "teacher_model_kind": "base", "use_cpu": not CUDA}
+    how |= {"use_successful_as_teacher": False, "include_environment_feedback": True}
+    how |= {"reprompt_template": "{prompt}{feedback}", "save_strategy": "no"}
+    how |= {"feedback_template": "\n\n{feedback_raw}" + common.delimiter(0)}
+    how |= {"bf16": DTYPE == torch.bfloat16, "fp16": DTYPE == torch.float16}
+    with tempfile.TemporaryDirectory() as how["output_dir"]:
+        given = {"reward_funcs": reward, "processing_class": tokenizer, "callbacks": [Clock()]}
+        given |= {"train_dataset": Dataset.from_list(data), "args": SDPOConfig(**how)}
+        load_model = partial(common.load_model, str(BASE), tokenizer, DEVICE)
+        most = measured(lambda: SDPOTrainer(load_model(), **given).train())[1]
+    return np.diff(at), most, round(np.mean(lengths[size:]))
 
 
 def stages(repeats):
-    """The README's command with no flag, but in one process, its functions timed from outside."""
-    spent, seconds = dict.fromkeys(("sampling", "verifying", "teacher", "student"), 0.0), {}
-
-    def timed(f, name):
-        def g(*a, **k):
-            began = time.perf_counter()
-            try:
-                return f(*a, **k)
-            finally:
-                if DEVICE.type == "cuda":
-                    torch.cuda.synchronize()
-                spent[name() if callable(name) else name] += time.perf_counter() - began
-
-        return g
-
-    parts = {
-        "sample": "sampling",
-        "verify_all": "verifying",
-        "backward_through_head": "student",
-        "kl_backward": "student",
-        "completion_hidden": lambda: "student" if torch.is_grad_enabled() else "teacher",
-    }
-    began = time.perf_counter()
+    """Once, whatever the repeats."""
+    began = time.time()
     with tempfile.TemporaryDirectory() as out:
-        for name in sorted(p.name for p in ROOT.glob("0?_*.py")):
-            stage, at = load(name), time.perf_counter()
-            for f, what in parts.items():
-                if hasattr(stage, f) and not (
-                    f == "backward_through_head" and hasattr(stage, "kl_backward")
-                ):  # 04's is inside kl_backward
-                    real = getattr(stage, f)
-                    setattr(
-                        stage,
-                        f,
-                        timed(
-                            real if f != "verify_all" else lambda *a, real=real: list(real(*a)),
-                            what,
-                        ),
-                    )  # it is lazy
-            with quiet():
-                stage.main(["--out", out])
-            seconds[name[:2]] = time.perf_counter() - at
-    whole = time.perf_counter() - began
-    spent["other"] = whole - sum(spent.values())
-    return [
-        {
-            "part": "stages",
-            "case": "the five stages, no flags",
-            "minutes": whole / 60,
-            "stage_seconds": seconds,
-            "share": {k: v / whole for k, v in spent.items()},
-        }
-    ]
+        for path in sorted(ROOT.glob("0*.py")):
+            load(path.name).main(["--out", out])
+        made = common.read_run(out)["made"]
+    row = {"part": "stages", "case": "five stages, no flags"}
+    row |= {f"{name}, s": made[name]["seconds"] for name in list(made)[1:]}
+    yield row | {"in all, minutes": (time.time() - began) / 60}
 
 
-def scaling(repeats):
-    """Sampling, and teacher, student and KL of one step, against answer length, batch and vocabulary."""
-    stage, rows = load("04_self_distill.py"), []
-
-    def case(L, B, V):
-        model, teacher = qwen3(V), qwen3(V).requires_grad_(False)
-        rng = np.random.default_rng(0)
-        prompts, answers = ([rng.integers(0, V, n).tolist() for _ in range(B)] for n in (32, L))
-
-        def train():  # as 04 has it: the teacher of the whole step first
-            parts, y = (
-                common.micro_batches(list(range(B)), lambda i: 2 * L + 48, 2048),
-                lambda part: [answers[i] for i in part],
-            )
-            with torch.no_grad(), CONTEXT():
-                of_teacher = [
-                    common.completion_hidden(
-                        teacher, [prompts[i] + answers[i] + prompts[i][:16] for i in part], y(part)
-                    )
-                    for part in parts
-                ]
-            for part, hidden_t in zip(parts, of_teacher):
-                with CONTEXT():
-                    hidden = common.completion_hidden(model, [prompts[i] for i in part], y(part))
-                heads = model.get_output_embeddings(), teacher.get_output_embeddings()
-                stage.kl_backward(hidden, heads[0], hidden_t, heads[1], "reverse", B * L, CONTEXT)
-
-        table = in_turns(
-            repeats,
-            sampling=lambda: len(common.sample(model, prompts, range(B), L)),
-            training=train,
-        )
-        return {
-            "part": "scaling",
-            "L": L,
-            "B": B,
-            "V": V,
-            **{
-                name: {"seconds": statistics.median(t["seconds"]), "bytes": max(t["bytes"])}
-                for name, t in table.items()
-            },
-        }
-
-    axes = {
-        "L": [(L, 8, 400) for L in (256, 512, 1024, 2048, 4096)],
-        "B": [(256, B, 400) for B in (4, 8, 16, 32, 64, 128)],
-        "V": [(256, 8, V) for V in (400, 4000, 40000, 151936)],
-    }
-    for axis, cases in axes.items():
-        rows += [{"axis": axis, **case(*c)} for c in cases]
-    return rows
-
-
-QWEN3_4B = dict(
-    vocabulary=151936, hidden=2560, layers=36, heads=32, kv_heads=8, head_dim=128, intermediate=9728
-)
+def distil(student, teacher, prompts, answers, rest=DEVICE):
+    """A step's teacher, student and KL, as 04 has them; the teacher waits on the device `rest`."""
+    head, teacher_head = student.get_output_embeddings(), teacher.get_output_embeddings()
+    tokens, taught = sum(map(len, answers)), []
+    rows = [(p, p + y + p[:16], y) for p, y in zip(prompts, answers)]
+    parts = common.micro_batches(rows, lambda row: len(row[1]) + len(row[2]), 2048)
+    parts = [tuple(zip(*part)) for part in parts]
+    teacher.to(DEVICE)
+    with torch.no_grad(), CONTEXT():
+        for _, reviser, y in parts:
+            taught.append(common.completion_hidden(teacher, reviser, y).to(rest))
+    teacher.to(rest)
+    teacher_head.to(DEVICE)
+    for (prompts, _, y), hidden_t in zip(parts, taught):
+        with CONTEXT():
+            hidden = common.completion_hidden(student, prompts, y)
+        DISTILL.kl_backward((hidden, head), (hidden_t, teacher_head), "reverse", tokens, CONTEXT)
 
 
 def large(repeats, shape=QWEN3_4B, square=8192, lengths=(1024, 4096, 8192, 16384, 32768), n=256):
-    """On one GPU: the longest answer that trains, tokens a second in sampling, MFU in training, each against limits measured beside it."""
-    if shape is QWEN3_4B and (
-        DEVICE.type != "cuda" or torch.cuda.get_device_properties(DEVICE).total_memory < 75e9
-    ):
+    """Tokens a second, the longest answer that trains, and training's share of the GPU's speed."""
+    if shape is QWEN3_4B and not (CUDA and torch.cuda.mem_get_info()[1] > 75e9):
         print("large: no GPU of 80 GB here, so it is not measured", file=sys.stderr)
         return []
-    stage, rng, rows = load("04_self_distill.py"), np.random.default_rng(0), []
-    warm = lambda f: (f(), measured(lambda: [f() for _ in range(20)])[0] / 20)[1]  # seconds a call
-    x, y = torch.randn(2, square, square, device=DEVICE)
-    bandwidth = 2 * 4 * square**2 / warm(lambda: y.copy_(x))  # bytes a second, read and written
-    x, y = x.to(DTYPE), y.to(DTYPE)
-    limit = (
-        2 * square**3 / warm(lambda: torch.mm(x, x, out=y))
-    )  # floating-point operations a second
-    del x, y
-    held = lambda: torch.cuda.memory_allocated() if DEVICE.type == "cuda" else resident()
-    student, teacher = qwen3(**shape), qwen3(**shape, dtype=DTYPE).requires_grad_(False)
-    parameters, V, layers = (
-        sum(p.numel() for p in student.parameters()),
-        shape["vocabulary"],
-        shape["layers"],
-    )
+
+    def run(f):
+        """(median seconds, GB held at the peak)"""
+        f()  # loads kernels, makes Adam's state
+        return median(measured(f)[0] for _ in range(repeats)), peak() / 1e9
+
+    x = torch.randn(square, square, device=DEVICE, dtype=DTYPE)
+    limit = 2 * square**3 * 20 / run(lambda: [x @ x for _ in range(20)])[0]  # operations a second
+    rows = [{"case": "a product of matrices", "TFLOP/s": limit / 1e12}]
+    student, teacher = qwen3(shape), qwen3(shape, DTYPE).requires_grad_(False)
+    rng = np.random.default_rng(0)
+    V, layers, width = shape["vocabulary"], shape["layers"], shape["heads"] * shape["head_dim"]
     of_head = V * shape["hidden"]  # also the embedding
+    of_body = sum(p.numel() for p in student.parameters()) - of_head
     for B in (16, 64):
-        prompts = [rng.integers(0, V, 2 * n).tolist() for _ in range(B)]
-        common.sample(student, prompts, range(B), 8)  # loads kernels
-        there, runs = (
-            held(),
-            [
-                measured(lambda: common.sample(student, prompts, range(B), n))
-                for _ in range(repeats)
-            ],
-        )
-        seconds, peak = statistics.median(s for s, _, _ in runs), max(b for _, b, _ in runs)
-        cache = (
-            B * (2 * n + n / 2) * 2 * layers * shape["kv_heads"] * shape["head_dim"]
-        )  # entries, at its middle length
-        rows.append(
-            {
-                "part": "large",
-                "case": f"sampling, {B} rows, {n} tokens after {2 * n}",
-                "tokens a second": n * B / seconds,
-                "share of the bandwidth (prefill's time counted)": n
-                * DTYPE.itemsize
-                * (parameters + cache)
-                / seconds
-                / bandwidth,
-                "peak GB": (there + peak) / 1e9,
-            }
-        )
-    student.activation_checkpointing_enable()
-    student.train()
-    optimizer, head = (
-        torch.optim.AdamW(student.parameters(), lr=1e-6, fused=True),
-        teacher.get_output_embeddings(),
-    )
+        prompts = rng.integers(0, V, (B, 2 * n)).tolist()
+        seconds, gb = run(partial(common.sample, student, prompts, range(B), n))
+        row = {"case": f"sampling, {B} rows, {n} tokens after {2 * n}"}
+        rows.append(row | {"tokens a second": n * B / seconds, "peak GB": gb})
+
+    def forward(length, scored):
+        """Operations of a forward pass, with the head on `scored` positions."""
+        return 2 * (of_body * length + of_head * scored) + 2 * layers * width * length**2
+
+    student.train().activation_checkpointing_enable()
+    optimizer = torch.optim.AdamW(student.parameters(), 1e-6, fused=True)
     prompt = rng.integers(0, V, 256).tolist()
+
+    def train(y):
+        distil(student, teacher, [prompt], [y], torch.device("cpu"))
+        optimizer.step()
+        optimizer.zero_grad()
+
     for L in lengths:
-        y = rng.integers(0, V, L).tolist()
-
-        def train():
-            teacher.to(DEVICE)
-            with torch.no_grad(), CONTEXT():
-                hidden_t = common.completion_hidden(teacher, [prompt + y + prompt[:16]], [y])
-            teacher.to("cpu")
-            head.to(DEVICE)
-            with CONTEXT():
-                hidden = common.completion_hidden(student, [prompt], [y])
-            stage.kl_backward(
-                hidden, student.get_output_embeddings(), hidden_t, head, "reverse", L, CONTEXT
-            )
-            optimizer.step()
-            optimizer.zero_grad()
-
-        case = {"part": "large", "case": f"a training step on one answer of {L} tokens"}
+        row = {"case": f"a training step on one answer of {L} tokens"}
         try:
-            train()  # makes Adam's state
-            there, runs = held(), [measured(train) for _ in range(repeats)]
+            seconds, gb = run(partial(train, rng.integers(0, V, L).tolist()))
         except RuntimeError as e:
-            if not no_memory(e):
-                raise
-            rows.append({**case, "fits": "no"})
+            rows.append({**row, "fits": f"no: {e!s:.60}"})
             break
-        seconds, peak = statistics.median(s for s, _, _ in runs), max(b for _, b, _ in runs)
-        moving = statistics.median(
-            measured(lambda: (teacher.to(DEVICE), teacher.to("cpu")))[0] for _ in range(repeats)
-        )
-        width, length = shape["heads"] * shape["head_dim"], len(prompt) + L
-        forward = lambda T: (
-            2 * ((parameters - of_head) * T + of_head * L) + 4 * layers * width * T**2 / 2
-        )
-        flops = 3 * forward(length) + forward(
-            length + L + 16
-        )  # the student's forward and backward, not recomputed; the teacher's forward
-        rows.append(
-            {
-                **case,
-                "seconds": seconds,
-                "of these moving the teacher between the memories": moving,
-                "tokens a second": L / seconds,
-                "MFU of the rest": flops / (seconds - moving) / limit,
-                "peak GB": (there + peak) / 1e9,
-            }
-        )
-    return rows + [
-        {
-            "part": "large",
-            "case": "limits, measured",
-            "copy GB/s": bandwidth / 1e9,
-            "matmul TFLOP/s": limit / 1e12,
-        }
-    ]
+        # forward and backward of the student, not what is recomputed; forward of the teacher
+        share = (3 * forward(256 + L, L) + forward(272 + 2 * L, L)) / seconds / limit
+        row |= {"seconds": seconds, "tokens a second": L / seconds, "peak GB": gb}
+        rows.append(row | {"MFU, moving the teacher included": share})
+    return [{"part": "large", **row} for row in rows]
 
 
-# ---------------------------------------------------------------- the table and the figure
+# ---------------------------------------------------------------- the table
 
 
 def machine():
-    """What the figures were taken on: the GPU's name, or the CPU's and the number of threads."""
+    """What the figures were taken on."""
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    name = next(
-        (line.split(":")[1].strip() for line in cpu.splitlines() if line.startswith("model name")),
-        platform.machine(),
-    )
-    name = (
-        torch.cuda.get_device_name()
-        if DEVICE.type == "cuda"
-        else f"{torch.get_num_threads()} cores, {name}"
-    )
+    cpu = re.search(r"model name\s*: (.*)|$", cpu)[1] or "of another kind"
+    name = torch.cuda.get_device_name() if CUDA else f"{torch.get_num_threads()} cores, {cpu}"
     return (
         f"{name}, torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}"
     )
 
 
-def entry(part, case, table, note, per=None, unit=None):
-    """A row of data/bench.json: median and range of seconds, peak bytes, for each contestant."""
-    return {
-        "part": part,
-        "case": case,
-        "per": per,
-        "unit": unit,
-        "note": note,
-        "runs": {
-            name: {
-                "turns": len(t["seconds"]),
-                "seconds": statistics.median(t["seconds"]),
-                "low": min(t["seconds"]),
-                "high": max(t["seconds"]),
-                "bytes": max(t["bytes"]),
-            }
-            for name, t in table.items()
-        },
-    }
-
-
 def markdown(rows, machine):
-    turns = sorted(
-        {t.get("turns", 0) for row in rows if "runs" in row for t in row["runs"].values()}
-    )
-    lines = [
-        f"{machine}; medians of {' or '.join(map(str, turns)) or 'the'} turns, lowest to highest in brackets; memory: the peak over what was "
-        "held before, highest of the turns.",
-        "",
-        "| | | time | peak memory | time ÷ ours | memory ÷ ours |",
-        "|---|---|--:|--:|--:|--:|",
-    ]
-    size = lambda b: "–" if b != b else f"{b / 1e9:.2f} GB" if b >= 1e8 else f"{b / 1e6:.0f} MB"
-    for row in (r for r in rows if "runs" in r):
-        ours = row["runs"]["ours"]
-        for name, t in row["runs"].items():
-            cell = f"{t['seconds']:.3g} s ({t['low']:.3g}–{t['high']:.3g})"
-            if row["per"]:
-                cell = f"{row['per'] / t['seconds']:.3g} {row['unit']} ({row['per'] / t['high']:.3g}–{row['per'] / t['low']:.3g})"
-            lines.append(
-                f"| {row['part'] + ': ' + row['case'] if t is ours else ''} | {name} | {cell} | {size(t['bytes'])} | "
-                + (
-                    "| |"
-                    if t is ours
-                    else f"{t['seconds'] / ours['seconds']:.2f} | {t['bytes'] / ours['bytes']:.1f} |"
-                )
-            )
-    lines += [
-        f"\n{row['part']}, {row['case'].split(';')[0]}: {row['note']}."
-        for row in rows
-        if row.get("note")
-    ]
+    """A table of ours and its peers; below it notes, and what was measured without peers."""
+    lines, below = [f"{machine}; medians, lowest to highest in brackets", ""], []
+    lines.append("| | | seconds | peak MB | time ÷ ours | memory ÷ ours |\n|-|-|-:|-:|-:|-:|")
     for row in rows:
-        if row["part"] == "stages":
-            each = ", ".join(f"{k} {s:.0f} s" for k, s in row["stage_seconds"].items())
-            share = ", ".join(f"{k} {v:.0%}" for k, v in row["share"].items())
-            lines += [
-                "",
-                f"The five stages end to end, no flags, in one process: {row['minutes']:.1f} minutes ({each}). "
-                f"The time goes into: {share} (teacher: 05's KL too; other: loading, tokenising, files, the optimiser's steps, "
-                "figures).",
-            ]
-        elif row["part"] == "large":
-            values = [
-                f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}"
-                for k, v in row.items()
-                if k not in ("part", "case")
-            ]
-            lines += ["", f"{row['case']}: {', '.join(values)}"]
-    return "\n".join(lines)
-
-
-def plot(rows, path):
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(2, 3, figsize=(9, 5), layout="constrained", sharey="row")
-    plain = lambda v, _: f"{v:g}" if v < 10000 else f"{v / 1000:.0f}K"
-    titles = {
-        "L": "tokens an answer (8 answers, V = 400)",
-        "B": "answers (256 tokens, V = 400)",
-        "V": "vocabulary (8 answers, 256 tokens)",
-    }
-    for column, (axis, title) in enumerate(titles.items()):
-        cases = [r for r in rows if r.get("axis") == axis]
-        x = [r[axis] for r in cases]
-        for name, style in (("sampling", "ko-"), ("training", "k^--")):
-            axes[0, column].loglog(x, [r[name]["seconds"] for r in cases], style, label=name)
-            axes[1, column].loglog(x, [max(r[name]["bytes"], 1) / 1e6 for r in cases], style)
-        first = cases[0]["training"]["seconds"]
-        axes[0, column].loglog(
-            x, [first * v / x[0] for v in x], color="0.6", linestyle=":", label="linear"
-        )
-        axes[1, column].set_xlabel(title)
-        for row in (0, 1):
-            axes[row, column].set_xticks(x, [plain(v, 0) for v in x])
-            axes[row, column].minorticks_off()
-            axes[row, column].yaxis.set_major_formatter(plain)
-    axes[0, 0].set_ylabel("seconds")
-    axes[1, 0].set_ylabel("peak memory, MB")
-    axes[0, 0].legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+        case, values = f"{row['part']}, {row.get('case')}", list(row.items())[2:]
+        for name, t in row.get("runs", {}).items():
+            ratios = [t[what] / row["runs"]["ours"][what] for what in ("seconds", "bytes")]
+            time = f"{t['seconds']:.3g} ({t['low']:.3g}–{t['high']:.3g}) | {t['bytes'] / 1e6:,.0f}"
+            lines.append(f"| {case} | {name} | {time} | {ratios[0]:.2f} | {ratios[1]:.1f} |")
+        values = [f"{k} {v:.3g}" if type(v) is float else f"{k} {v}" for k, v in values]
+        if "case" in row:
+            below.append(f"{case}: {row.get('note') or ', '.join(values)}")
+    return "\n\n".join(["\n".join(lines), *below])
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    names = ["sampling", "kl", "step", "stages", "scaling", "large"]
-    p.add_argument("parts", nargs="*", choices=[*names, []], help="default: all")
+    parts = {f.__name__: f for f in (sampling, kl, step, stages, large)}
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("parts", nargs="*", choices=[*parts, []], help="default: all")
     p.add_argument("--repeats", type=int, default=3, help="turns (default: 3)")
-    p.add_argument(
-        "--check", action="store_true", help="only compare README.md with data/bench.json"
-    )
-    args = p.parse_args(argv)
-    path, here, failed = ROOT / "data/bench.json", machine(), []
-    read = lambda: json.loads(path.read_text()) if path.exists() else {}
-    for part in () if args.check else args.parts or names:
-        try:
-            rows = globals()[part](args.repeats)
-        except (Exception, SystemExit):
-            traceback.print_exc()  # the others all the same
-            failed.append(part)
-            continue
-        print(json.dumps(rows, indent=1), flush=True)
-        others = [row for row in read().get(here, []) if row["part"] != part]
-        common.write_json(
-            path, {**read(), here: sorted(others + rows, key=lambda row: names.index(row["part"]))}
-        )  # one entry a machine
-        if part == "scaling" and DEVICE.type == "cpu":
-            plot(rows, ROOT / "data/scaling.png")
-    results, readme = (
-        read(),
-        (ROOT / "README.md").read_text(),
-    )  # only now: either may have been edited during the half hour
-    table = "\n\n".join(markdown(rows, name) for name, rows in results.items())
+    p.add_argument("--check", action="store_true", help="only compare the table with the data")
+    args, here = p.parse_args(argv), machine()
+    for part in () if args.check else args.parts or parts:
+        rows = list(parts[part](args.repeats))
+        filed = json.loads(FILED.read_text()) if FILED.exists() else {}
+        rows += [row for row in filed.get(here, []) if row["part"] != part]
+        filed[here] = sorted(rows, key=lambda row: list(parts).index(row["part"]))
+        common.write_whole(FILED, json.dumps(filed, indent=1) + "\n")
+    filed, readme = json.loads(FILED.read_text()), TABLE.read_text()
+    table = "\n\n".join(markdown(rows, name) for name, rows in filed.items())
     new = filled_in(readme, "bench", table)
     if args.check:
-        sys.exit(
-            0
-            if new == readme
-            else "README.md does not hold the table that data/bench.json gives; run: python tests/bench.py"
-        )
-    (ROOT / "README.md").write_text(new)
+        sys.exit(new != readme and f"{TABLE} is not what {FILED} says: python tests/bench.py")
+    TABLE.write_text(new)
     print(table)
-    sys.exit(f"these parts failed: {', '.join(failed)}" if failed else 0)
 
 
 if __name__ == "__main__":

@@ -55,55 +55,45 @@ PHASE_1 = [*ANSWER, "03_revise_sft.py --from {S} --out {P} --lr {srt}"]
 REVISE = [*PHASE_1, "03_revise_sft.py --from {P} --out {O} --lr {srt}"]
 DISTILL = [*PHASE_1, "04_self_distill.py --from {P} --out {O} --lr {sd_zero}"]
 NO_SRT = [*ANSWER, "04_self_distill.py --from {S} --out {O} --start base --lr {sd_zero}"]
-GRPO = "04_self_distill.py --from {S} --out {O} --start base --lr {grpo} --steps 130"
-FOUR_EACH = "01_generate.py --n 4 --limit {} --out {{O}} --seed {{seed}}"
-VERIFY = "02_verify.py --out {O}"
+GRPO = [*ANSWER, NO_SRT[-1].replace("sd_zero", "grpo") + " --steps 130"]
+FOUR_EACH = [
+    "01_generate.py --n 4 --limit {limit} --out {O} --seed {seed}",
+    "02_verify.py --out {O}",
+]
+RFT = [*FOUR_EACH, "03_revise_sft.py --lr {rft} --out {O}"]
+SDFT = [*FOUR_EACH, "04_self_distill.py --start base --lr {sdft} --out {O}"]
+
+
+def with_flags(commands, flags):
+    return [*commands[:-1], commands[-1] + flags]
+
+
+def revised(label, patch):
+    return Method(label, REVISE, "srt", patch=patch)
 
 
 def distilled(label, flags="", patch=None):
-    return Method(label, [*DISTILL[:-1], DISTILL[-1] + flags], "sd_zero", patch=patch)
+    return Method(label, with_flags(DISTILL, flags), "sd_zero", patch=patch)
 
 
 METHODS = {
     "base": Method("base", ANSWER, "base", "{S}", sampled=()),
-    "rft": Method(
-        "RFT: SFT on right answers, 4 a problem",
-        [FOUR_EACH.format(2080), VERIFY, "03_revise_sft.py --lr {rft} --out {O}"],
-        "srt",
-        patch="rft",
-    ),
-    "grpo": Method("GRPO: 8 answers a problem", [*ANSWER, GRPO], "sd_zero", patch="grpo"),
-    "sdft": Method(
-        "SDFT: the teacher reads a right answer to x instead of y",
-        [
-            FOUR_EACH.format(1280),
-            VERIFY,
-            "04_self_distill.py --start base --lr {sdft} --out {O}",
-        ],
-        "sd_zero",
-        patch="sdft",
-    ),
+    "rft": Method("RFT: SFT on right answers, 4 a problem", RFT, "srt", patch="rft"),
+    "grpo": Method("GRPO: 8 answers a problem", GRPO, "sd_zero", patch="grpo"),
+    "sdft": Method("SDFT: the teacher reads a right answer to x", SDFT, "sd_zero", patch="sdft"),
     "srt": Method("SRT: phase 1", PHASE_1, "srt", "{P}"),
     "sd_zero": distilled("SD-Zero: phases 1 and 2"),
-    "revision_only": Method("SRT, L_revision alone", REVISE, "srt", patch="revision_only"),
-    "generation_only": Method("SRT, L_generation alone", REVISE, "srt", patch="generation_only"),
-    "unfiltered": Method(
-        "SRT on all finished revisions, wrong ones too", REVISE, "srt", patch="unfiltered"
-    ),
-    "wrong_only": Method(
-        "SRT on revisions of wrong answers alone", REVISE, "srt", patch="wrong_only"
-    ),
+    "revision_only": revised("SRT, L_revision alone", "revision_only"),
+    "generation_only": revised("SRT, L_generation alone", "generation_only"),
+    "unfiltered": revised("SRT on all finished revisions, wrong ones too", "unfiltered"),
+    "wrong_only": revised("SRT on revisions of wrong answers alone", "wrong_only"),
     "no_srt": Method("phase 2 on the base", NO_SRT, "sd_zero"),
     "no_srt_long": Method(
-        "phase 2 on the base, as many answers as SD-Zero",
-        [*NO_SRT[:-1], NO_SRT[-1] + " --steps 130"],
-        "sd_zero",
+        "the same, as many answers", with_flags(NO_SRT, " --steps 130"), "sd_zero"
     ),
     "forward": distilled("phase 2 by forward KL", " --kl forward"),
     "mixed": distilled("phase 2 by mixed KL", " --kl mixed"),
-    "top_64": distilled(
-        "phase 2 by mixed KL on the teacher's top 64", " --kl mixed", "top_k_renormalised"
-    ),
+    "top_64": distilled("by mixed KL on the top 64", " --kl mixed", "top_k_renormalised"),
     "neutral": distilled("phase 2, “rephrase” for both rewards", patch="neutral"),
     "inverted": distilled("phase 2, P_r of the other reward", patch="inverted"),
     "rounds_2": distilled("phase 2, two rounds", " --rounds 2"),
@@ -112,6 +102,8 @@ METHODS = {
 }
 for name in ("grpo", "no_srt", "no_srt_long"):  # they sample nothing in phase 1
     METHODS[name].sampled = ("sd_zero",)
+for name, limit in (("rft", "2080"), ("sdft", "1280")):
+    METHODS[name].commands = [c.replace("{limit}", limit) for c in METHODS[name].commands]
 
 
 def on_code(name, rate=""):
@@ -121,9 +113,8 @@ def on_code(name, rate=""):
     commands = [c.replace(".py", ".py --allow-code") for c in commands]
     commands[0] += " --data data/code"
     label = f"short functions, {method.label}" + f", at {rate}" * bool(rate)
-    METHODS[f"code_{name}" + f"_{rate}" * bool(rate)] = replace(
-        method, label=label, commands=commands
-    )
+    new = replace(method, label=label, commands=commands)
+    METHODS[f"code_{name}" + f"_{rate}" * bool(rate)] = new
 
 
 for name in ("base", "rft", "srt", "sd_zero", "no_srt"):
@@ -254,9 +245,8 @@ def count(folder, artifact):
     """(answers, tokens) sampled for an artifact of a run."""
     if artifact == "sd_zero":
         steps = rows_of(folder / "distill.jsonl")
-        return sum(round(m["tokens"] / m["mean_tokens"]) for m in steps), sum(
-            m["tokens"] for m in steps
-        )
+        answers = [round(m["tokens"] / m["mean_tokens"]) for m in steps]
+        return sum(answers), sum(m["tokens"] for m in steps)
     field = "revised_ids" if artifact == "revisions.jsonl" else "response_ids"
     lengths = [len(row[field]) for row in rows_of(folder / artifact)]
     return len(lengths), sum(lengths)

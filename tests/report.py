@@ -190,9 +190,9 @@ def tables(filed, methods, claims):
     rest = [name for name in methods if name in runs and name not in core + code]
     note = f"{seeds} seeds, {some['metrics']['problems']} test problems, {some['metrics']['n']} "
     note += (
-        "answers to each, mean ± standard error over seeds.\n*Mended*: of its own wrong answers, "
+        "answers to each, mean ± standard error over seeds.\n*Mended*: the share of its own wrong "
     )
-    note += "those that the model makes right when told so.\n*Answers*: sampled for training."
+    note += "answers that the model corrects when told so.\n*Answers*: sampled for training."
     first = [note, "", *core_table(core, runs)]
     lines = [note, "", *table_of(core, runs, seeds)]
     titles = ("**The second domain**, short functions", code)

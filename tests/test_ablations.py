@@ -93,13 +93,16 @@ def test_rft_scores_every_token_of_an_answer_once(mini, tmp_path, model, tokeniz
 
 
 @pytest.mark.parametrize("patch", ["neutral", "inverted"])
-def test_the_teacher_is_told_another_p_r(patch, mini, tmp_path):
+def test_the_teacher_is_told_another_reward(patch, mini, tmp_path, tokenizer):
     asked = []
     run(patch, mini, tmp_path / "out", spy=("revision_ids", asked))
-    told = {(reward, p_r[reward]) for _, _, _, reward, p_r in asked}
-    wrong = {"neutral": common.P_R[1], "inverted": common.P_R[1]}[patch]
-    right = {"neutral": common.P_R[1], "inverted": common.P_R[0]}[patch]
-    assert told == {(0, wrong), (1, right)}
+    problems = {x["problem"]: x for x in common.load_problems(ROOT / "data")}
+    true = []
+    for _, problem, ids, told, p_r in asked:
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        true.append(common.verify(problems[problem], text)[0])
+        assert told == (1 if patch == "neutral" else 1 - true[-1]) and p_r == common.P_R
+    assert set(true) == {0, 1}
 
 
 def test_sdfts_teacher_has_read_a_right_answer_to_the_same_problem(mini, tmp_path):

@@ -156,8 +156,7 @@ def kl(repeats, cases=((151936, 1024, 4096), (400, 128, 4096))):
         def once(kl_of):
             h = hidden.clone().requires_grad_()
             if kl_of is DISTILL.kl_backward:
-                pair = (h, head), (other, teacher_head)
-                loss = kl_of(*pair, "reverse", N, CONTEXT).sum() / N
+                loss = kl_of(h, head, other, teacher_head, "reverse", N, CONTEXT).sum() / N
             else:  # a peer: all N · V logits at once
                 with CONTEXT():
                     loss = kl_of(head(h), teacher_head(other)).sum() / N
@@ -269,7 +268,8 @@ def distil(student, teacher, prompts, answers, rest=DEVICE):
     for (prompts, _, y), hidden_t in zip(parts, taught):
         with CONTEXT():
             hidden = common.completion_hidden(student, prompts, y)
-        DISTILL.kl_backward((hidden, head), (hidden_t, teacher_head), "reverse", tokens, CONTEXT)
+        how = "reverse", tokens, CONTEXT
+        DISTILL.kl_backward(hidden, head, hidden_t, teacher_head, *how)
 
 
 def large(repeats, shape=QWEN3_4B, square=8192, lengths=(1024, 4096, 8192, 16384, 32768), n=256):

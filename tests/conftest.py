@@ -2,7 +2,10 @@
 
 import importlib.util
 import json
+import re
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,11 +17,34 @@ torch.set_num_threads(2)
 
 import common  # noqa: E402
 
+NAMES = "01_generate.py", "02_verify.py", "03_revise_sft.py", "04_self_distill.py", "05_eval.py"
+MINI = {  # flags of the stages in miniature
+    1: ["--limit", "24", "--max-new-tokens", "120"],
+    2: [],
+    3: ["--epochs", "2", "--batch-size", "3", "--max-new-tokens", "120"],
+    4: ["--steps", "2", "--batch-size", "8", "--max-new-tokens", "120"],
+    5: ["--limit", "6", "--n", "2", "--max-new-tokens", "120"],
+}
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(
-        Path(name).stem.lstrip("0123456789_"), ROOT / name
-    )
+
+def load(name, patch=None):
+    """A script as a module; patch: the stem of a file in tests/ablations, applied to a copy of it.
+
+    With a patch, the name may be None: the patch names its stage.
+    """
+    if not patch:
+        return load_file(ROOT / name)
+    file = ROOT / f"tests/ablations/{patch}.patch"
+    name = name or re.search(r"^\+\+\+ b/(\S+)", file.read_text(), re.M)[1]
+    with tempfile.TemporaryDirectory() as folder:  # in a repository git would look at its index
+        copy = Path(folder, name)
+        copy.write_text((ROOT / name).read_text())
+        subprocess.run(["git", "apply", file], cwd=folder, check=True)
+        return load_file(copy)
+
+
+def load_file(path):
+    spec = importlib.util.spec_from_file_location(path.stem.lstrip("0123456789_"), path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -28,28 +54,21 @@ def rows_of(path):
     return [json.loads(line) for line in open(path)]
 
 
-def filled_in(readme, name, text):
-    """The README's text with `text` between the markers of `name`."""
-    head, rest = readme.split(f"<!-- {name} -->\n")
-    return f"{head}<!-- {name} -->\n{text}\n<!-- /{name} -->" + rest.split(f"<!-- /{name} -->")[1]
+def filled_in(text, name, body):
+    """The text with `body` between the markers of `name`."""
+    head, rest = text.split(f"<!-- {name} -->\n")
+    return f"{head}<!-- {name} -->\n{body}\n<!-- /{name} -->" + rest.split(f"<!-- /{name} -->")[1]
+
+
+def completion_logits(model, prefixes, completions):
+    """Logits where each token of each completion is predicted: [N, V]."""
+    return model.get_output_embeddings()(common.completion_hidden(model, prefixes, completions))
 
 
 @pytest.fixture(scope="session")
 def stages():
     """{1: the module of 01_generate.py, ..., 5: that of 05_eval.py}"""
-    return {
-        i: load(name)
-        for i, name in enumerate(
-            (
-                "01_generate.py",
-                "02_verify.py",
-                "03_revise_sft.py",
-                "04_self_distill.py",
-                "05_eval.py",
-            ),
-            1,
-        )
-    }
+    return {number: load(name) for number, name in enumerate(NAMES, 1)}
 
 
 @pytest.fixture(scope="session")
@@ -67,18 +86,9 @@ def problems():
     return common.load_problems(ROOT / "data", "train", 40)
 
 
-MINI = {
-    1: ["--limit", "24", "--max-new-tokens", "120"],
-    2: [],
-    3: ["--epochs", "2", "--batch-size", "3", "--max-new-tokens", "120"],
-    4: ["--steps", "2", "--batch-size", "8", "--max-new-tokens", "120"],
-    5: ["--limit", "6", "--n", "2", "--k", "2", "--max-new-tokens", "120"],
-}
-
-
 @pytest.fixture(scope="session")
 def mini(stages, tmp_path_factory):
-    """A folder in which all five stages have run in miniature; read only."""
+    """The folder of a run whose stages have all run in miniature; read only."""
     out = tmp_path_factory.mktemp("mini")
     for i, stage in stages.items():
         stage.main([*MINI[i], "--out", str(out)])

@@ -1,982 +1,423 @@
-"""The five scripts in miniature on the embedded model: artifacts, resumption, determinism, and a user's mistakes."""
+"""The five scripts in miniature: runs, resumption, determinism, and a user's mistakes."""
 
+import errno
+import fcntl
 import json
+import math
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.utils import parameters_to_vector
 
 import common
-from conftest import MINI, ROOT, load, rows_of
+from conftest import MINI, ROOT, rows_of
+
+ALL = "responses.jsonl", "verified.jsonl", "revisions.jsonl", "srt", "sd_zero", "eval.jsonl"
+BARS = r"(generate|revise|verify|SRT|distill|base|warning):"
 
 
-# ---------------------------------------------------------------- the miniature
+@pytest.fixture()
+def lab(stages, mini, tmp_path, capsys, monkeypatch):
+    """A run of one's own, and what the tests do with it."""
+
+    def part_of_mini(*names, out=tmp_path):
+        """It has made these artifacts of the miniature and no others."""
+        out.mkdir(exist_ok=True)
+        for name in names:
+            copy = shutil.copytree if (mini / name).is_dir() else shutil.copy
+            copy(mini / name, out / name)
+        run = run_of(mini)
+        run["made"] = {name: run["made"][name] for name in ("base", *names)}
+        (out / "run.json").write_text(json.dumps(run))
+
+    def run(stage, *flags, out=tmp_path):
+        stages[stage].main([*MINI[stage], *map(str, flags), "--out", str(out)])
+
+    def refused(stage, *flags, out=tmp_path):
+        """The one line on stderr that names a user's mistake."""
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as e:
+            common.run_stage(lambda: run(stage, *flags, out=out))
+        lines = capsys.readouterr().err.splitlines()
+        lines = [line for line in lines if line.strip() and not re.match(BARS, line)]
+        assert e.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+        return lines[0]
+
+    def calls_of(stage, name):
+        spy = Mock(wraps=getattr(stages[stage], name))
+        monkeypatch.setattr(stages[stage], name, spy)
+        return spy.call_args_list
+
+    return SimpleNamespace(part_of_mini=part_of_mini, run=run, refused=refused, calls_of=calls_of)
 
 
-def test_every_stage_leaves_its_artifacts_and_says_what_made_them(mini):
-    for name in (
-        "responses.jsonl",
-        "verified.jsonl",
-        "revisions.jsonl",
-        "srt.jsonl",
-        "distill.jsonl",
-        "eval.jsonl",
-        "summary.json",
-        "stages.png",
-        "token_kl.html",
-    ):
+def run_of(out):
+    return json.loads((out / "run.json").read_text())
+
+
+def weights(folder):
+    return torch.cat([x.flatten() for x in load_file(folder / "model.safetensors").values()])
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_run_json_says_how_each_artifact_was_made(mini):
+    run = run_of(mini)
+    assert run["embedded"] and run["from"] is None and "Start with" in run["prompt"]
+    assert run["made"].keys() == {"base", *ALL}
+    keys = {"arguments", "versions", "commit", "id", "device", "counts", "seconds", "threads"}
+    assert all(run["made"][name].keys() == keys for name in ALL)
+    for name in ("srt.jsonl", "distill.jsonl", "summary.json", "stages.png", "answers.html"):
         assert (mini / name).stat().st_size > 0, name
-    for name in ("responses", "verified", "revisions", "srt", "distill", "sd_zero", "eval"):
-        meta = json.loads((mini / f"{name}.meta.json").read_text())
-        assert {
-            "made_of",
-            "arguments",
-            "versions",
-            "device",
-            "commit",
-            "seconds",
-            "counts",
-        } <= meta.keys(), name
-
-
-def test_stages_only_add_fields_and_drop_no_row(mini):
-    responses, verified, revisions = (
-        rows_of(mini / f"{n}.jsonl") for n in ("responses", "verified", "revisions")
-    )
-    assert [{k: v[k] for k in r} for r, v in zip(responses, verified, strict=True)] == responses
-    by_id = {v["id"]: v for v in verified}
-    for r in revisions:
-        assert {k: r[k] for k in by_id[r["id"]]} == by_id[r["id"]]
-    for v in verified:
-        if v["finished"]:
-            assert sum(r["id"] == v["id"] for r in revisions) == (1 if v["reward"] else 4)
-    assert {r["p_r"] for r in revisions if r["reward"]} <= {common.P_R[1]} and {
-        r["p_r"] for r in revisions if not r["reward"]
-    } == {common.P_R[0]}
-
-
-def test_kept_means_finished_verified_and_new(mini):
-    kept = [r for r in rows_of(mini / "revisions.jsonl") if r["kept"] == "yes"]
-    assert kept and all(
-        r["revised_reward"] == 1 and r["revised_finished"] and r["finished"] for r in kept
-    )
-    assert len({(r["id"], tuple(r["revised_ids"])) for r in kept}) == len(kept)
-
-
-def test_response_is_for_people_and_ids_are_exact(mini, tokenizer):
-    for r in rows_of(mini / "responses.jsonl"):
-        assert tokenizer.decode(r["response_ids"], skip_special_tokens=True) == r["response"]
-        assert r["finished"] == (r["response_ids"][-1] == tokenizer.eos_token_id)
-
-
-def test_training_moves_the_weights(mini):
-    weights = [
-        common.load_model(m, common.load_tokenizer(m), torch.device("cpu")).state_dict()
-        for m in (ROOT / "data/base", mini / "srt", mini / "sd_zero")
-    ]
-    for a, b in zip(weights, weights[1:]):
-        assert any(not torch.equal(a[k], b[k]) for k in a)
-
-
-def test_summary_has_the_promised_columns(mini):
-    summary = json.loads((mini / "summary.json").read_text())
-    assert [r["checkpoint"] for r in summary] == ["base", "srt", "sd_zero"]
-    assert {
-        "n",
-        "k",
-        "accuracy",
-        "accuracy_se",
-        "pass_at_k",
-        "mean_tokens",
-        "finished",
-        "revised_accuracy",
-        "correction_rate",
-        "spoiling_rate",
-    } <= summary[0].keys()
-
-
-# ---------------------------------------------------------------- what 04 trains on, and with whom
-
-
-def run_distill(stages, mini, out, *flags):
-    shutil.copy(mini / "verified.jsonl", out)
-    stages[4].main([*MINI[4], "--srt", str(mini / "srt"), "--out", str(out), *flags])
-    return common.load_model(
-        out / "sd_zero", common.load_tokenizer(out / "sd_zero"), torch.device("cpu")
-    )
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--micro-tokens", "500"],
-        ["--gradient-checkpointing", "--offload-teacher", "--batch-rows", "3"],
-    ],
-)
-def test_distillation_does_not_depend_on_the_micro_batch_and_on_what_saves_memory(
-    stages, mini, tmp_path, flags
-):
-    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    whole, split = (
-        run_distill(stages, mini, tmp_path / "a"),
-        run_distill(stages, mini, tmp_path / "b", *flags),
-    )
-    start = common.load_model(
-        mini / "srt", common.load_tokenizer(mini / "srt"), torch.device("cpu")
-    )
-    for w, s, p in zip(whole.parameters(), split.parameters(), start.parameters()):
-        assert (w - s).abs().max() < 0.05 * (w - p).abs().max() + 1e-7
-
-
-def test_teacher_is_frozen_and_synchronised_between_rounds_only(
-    stages, mini, tmp_path, monkeypatch
-):
-    models, teachers, real_load, real_hidden = (
-        [],
-        [],
-        stages[4].load_model,
-        stages[4].completion_hidden,
-    )
-    monkeypatch.setattr(
-        stages[4], "load_model", lambda *a: models.append(real_load(*a)) or models[-1]
-    )
-
-    def spy(model, prefixes, completions):
-        if model is models[1]:
-            assert not torch.is_grad_enabled() and not any(
-                p.requires_grad for p in model.parameters()
-            )
-            teachers.append(torch.cat([p.flatten() for p in model.parameters()]).clone())
-            students.append(
-                torch.cat([p.detach().flatten() for p in models[0].parameters()]).clone()
-            )
-        return real_hidden(model, prefixes, completions)
-
-    students, samplers = [], []
-    monkeypatch.setattr(stages[4], "completion_hidden", spy)
-    real_sample = stages[4].sample
-    monkeypatch.setattr(
-        stages[4], "sample", lambda model, *a: samplers.append(model) or real_sample(model, *a)
-    )
-    run_distill(stages, mini, tmp_path, "--rounds", "2", "--micro-tokens", "100000")
-    assert all(m is models[0] for m in samplers)  # on-policy: the student samples
-    assert len(teachers) == 4  # one micro-batch a step, two steps a round
-    assert torch.equal(teachers[0], teachers[1]) and torch.equal(teachers[2], teachers[3])
-    assert (
-        torch.equal(teachers[0], students[0])
-        and torch.equal(teachers[2], students[2])
-        and not torch.equal(teachers[0], teachers[2])
-    )
-    assert not torch.equal(teachers[1], students[1])
-
-
-def test_distillation_leaves_phase_1_problems_out(stages, mini, tmp_path, monkeypatch):
-    asked, real = [], stages[4].prompt_ids
-    monkeypatch.setattr(
-        stages[4],
-        "prompt_ids",
-        lambda tokenizer, problem: asked.append(problem) or real(tokenizer, problem),
-    )
-    run_distill(stages, mini, tmp_path)
-    assert len(set(asked)) == 16 and not set(asked) & {
-        r["problem"] for r in rows_of(mini / "verified.jsonl")
-    }
-
-
-@pytest.mark.parametrize("stage", [3, 4, 5])
-def test_the_reviser_is_told_the_true_reward(stages, mini, tmp_path, monkeypatch, tokenizer, stage):
-    asked, real = [], stages[stage].revision_ids
-    monkeypatch.setattr(stages[stage], "revision_ids", lambda *a: asked.append(a) or real(*a))
-    for name in ("responses.jsonl", "verified.jsonl"):
-        shutil.copy(mini / name, tmp_path)
-    if stage == 4:
-        shutil.copytree(mini / "srt", tmp_path / "srt")
-    one = ["--checkpoints", f"base={ROOT / 'data/base'}"] if stage == 5 else []
-    stages[stage].main([*MINI[stage], *one, "--out", str(tmp_path)])
-    answers = {
-        x["problem"]: x
-        for split in ("train", "test")
-        for x in common.load_problems(ROOT / "data", split)
-    }
-    assert asked and {a[3] for a in asked} == {0, 1}
-    for _, problem, ids, reward, p_r in asked:
-        assert (
-            reward
-            == common.verify(answers[problem], tokenizer.decode(ids, skip_special_tokens=True))[0]
-        )
-        assert p_r == common.P_R
-
-
-def test_sdft_teacher_has_read_a_right_answer_to_the_same_problem(
-    stages, mini, tmp_path, monkeypatch
-):
-    asked, real = [], stages[4].revision_ids
-    monkeypatch.setattr(stages[4], "revision_ids", lambda *a: asked.append(a) or real(*a))
-    run_distill(
-        stages,
-        mini,
-        tmp_path,
-        "--objective",
-        "sdft",
-        "--srt",
-        str(ROOT / "data/base"),
-        "--batch-size",
-        "4",
-    )
-    right = {
-        r["problem"]: r["response_ids"] for r in rows_of(mini / "verified.jsonl") if r["reward"]
-    }
-    assert len(asked) == 8 and all(
-        right[problem] == ids and reward == 1 for _, problem, ids, reward, _ in asked
-    )
-
-
-def test_grpo_samples_groups_and_loads_no_teacher(stages, mini, tmp_path, monkeypatch, capsys):
-    models, batches, real_load, real_sample = [], [], stages[4].load_model, stages[4].sample
-    monkeypatch.setattr(stages[4], "load_model", lambda *a: models.append(a) or real_load(*a))
-    monkeypatch.setattr(stages[4], "sample", lambda *a: batches.append(a[1:3]) or real_sample(*a))
-    stages[4].main(
-        [
-            *MINI[4],
-            "--objective",
-            "grpo",
-            "--n",
-            "4",
-            "--srt",
-            str(ROOT / "data/base"),
-            "--out",
-            str(tmp_path),
-        ]
-    )
-    assert len(models) == 1 and len(batches) == 2
-    for prompts, seeds in batches:
-        assert [prompts.count(p) for p in prompts] == [4] * 8 and len(set(seeds)) == 8
-    assert "boxed" in capsys.readouterr().out  # the samples that it shows have text
-    log = rows_of(tmp_path / "distill.jsonl")
-    assert log[0]["kl"] is None and log[0]["gradient_norm"] > 0
-
-
-@pytest.mark.parametrize(
-    "flags, expected",
-    [
-        (
-            ["--objective", "rft"],
-            lambda verified, revisions: [
-                r["response_ids"] for r in verified if r["reward"] and r["finished"]
-            ],
-        ),
-        (
-            ["--unfiltered"],
-            lambda verified, revisions: [
-                r["revised_ids"]
-                for r in revisions
-                if r["kept"] in ("yes", "revision wrong", "revision no_answer")
-            ],
-        ),
-    ],
-)
-def test_rft_and_unfiltered_srt_train_on_what_they_say(
-    stages, mini, tmp_path, monkeypatch, flags, expected
-):
-    seen, real = [], stages[3].srt_backward
-    monkeypatch.setattr(
-        stages[3],
-        "srt_backward",
-        lambda model, batch, *a: seen.extend(batch) or real(model, batch, *a),
-    )
-    for name in ("verified.jsonl", "verified.meta.json", "revisions.jsonl", "revisions.meta.json"):
-        shutil.copy(mini / name, tmp_path)
-    stages[3].main([*MINI[3], "--epochs", "1", *flags, "--out", str(tmp_path)])
-    verified, revisions = (
-        rows_of(tmp_path / "verified.jsonl"),
-        rows_of(tmp_path / "revisions.jsonl"),
-    )
-    assert sorted(r for _, _, r in seen) == sorted(expected(verified, revisions))
-    assert all(not attempt for _, attempt, _ in seen) == (flags[-1] == "rft")
-
-
-def test_srt_learning_rate_warms_up_and_decays(mini):
-    lrs = [r["lr"] for r in rows_of(mini / "srt.jsonl")]
+    lrs = [r["lr"] for r in rows_of(mini / "srt.jsonl")]  # warm-up of a step, then a decay
     assert len(lrs) >= 3 and lrs[0] == 8e-4 and lrs == sorted(lrs, reverse=True) and lrs[-1] < 4e-4
 
 
-# ---------------------------------------------------------------- interruption and determinism
+def test_no_row_is_dropped_and_kept_means_finished_new_and_right(mini):
+    responses, verified, revisions = (rows_of(mini / name) for name in ALL[:3])
+    assert all(r.items() <= v.items() for r, v in zip(responses, verified, strict=True))
+    expected = {v["id"]: 1 if v["reward"] else 4 for v in verified if v["finished"]}
+    assert Counter(r["id"] for r in revisions) == expected
+    seen = set()  # of copies one is graded, right or wrong
+    for r in (r for r in revisions if r["revised_finished"]):
+        said = r["id"], tuple(r["revised_ids"])
+        why = "yes" if r["revised_reward"] else "revision " + r["revised_verdict"]
+        assert r["kept"] == ("duplicate" if said in seen else why)
+        seen.add(said)
+    assert len({r["kept"] for r in revisions}) > 3
 
 
-@pytest.mark.parametrize(
-    "stage, name", [(1, "responses"), (2, "verified"), (3, "revisions"), (5, "eval")]
-)
-def test_a_torn_artifact_is_continued_to_the_same_bytes(stages, mini, tmp_path, stage, name):
-    out = tmp_path / "run"
-    shutil.copytree(mini, out)
-    whole = (mini / f"{name}.jsonl").read_bytes()
-    (out / f"{name}.jsonl").write_bytes(whole[: len(whole) * 2 // 3])
-    if stage == 3:
-        shutil.rmtree(out / "srt")
-    stages[stage].main(
-        [*MINI[stage], *(["--batch-rows", "5"] if stage in (1, 3) else []), "--out", str(out)]
-    )
-    assert (out / f"{name}.jsonl").read_bytes() == whole
-    if stage == 3:
-        a, b = (
-            torch.cat(
-                [
-                    p.flatten()
-                    for p in common.load_model(
-                        f / "srt", common.load_tokenizer(f / "srt"), torch.device("cpu")
-                    ).parameters()
-                ]
-            )
-            for f in (mini, out)
-        )
-        assert torch.equal(a, b)
+def test_distillation_does_not_depend_on_micro_batches_and_what_saves_memory(lab, mini, tmp_path):
+    lab.part_of_mini(*ALL[:4])
+    lab.run(4, "--micro-tokens", 500, "--gradient-checkpointing", "--offload-teacher")
+    start, whole, split = map(weights, (mini / "srt", mini / "sd_zero", tmp_path / "sd_zero"))
+    assert (whole - split).abs().max() < 0.05 * (whole - start).abs().max()
 
 
-def weights_of(folder):
-    return load_file(folder / "model.safetensors")
+def test_teacher_is_frozen_and_synchronised_between_rounds_only(lab, stages, mini, monkeypatch):
+    seen, real = [], stages[4].hidden_after
+
+    def hidden_after(prefix, rows, model):
+        assert torch.is_grad_enabled() == (prefix == "generator")
+        seen.append((prefix, model, parameters_to_vector(model.parameters()).detach()))
+        return real(prefix, rows, model)
+
+    monkeypatch.setattr(stages[4], "hidden_after", hidden_after)
+    samples, asked = lab.calls_of(4, "sample"), lab.calls_of(4, "prompt_ids")
+    lab.part_of_mini(*ALL[:4])
+    lab.run(4, "--rounds", 2, "--micro-tokens", 100_000)
+    prefixes, models, of = zip(*seen)
+    assert prefixes == ("reviser", "generator") * 4  # two steps a round
+    (t0, t1, t2, t3), (s0, s1, s2, _) = of[::2], of[1::2]
+    assert torch.equal(t0, t1) and torch.equal(t2, t3) and not torch.equal(t0, t2)
+    assert torch.equal(s0, t0) and torch.equal(s2, t2) and not torch.equal(s1, t1)
+    assert all(call.args[0] is models[1] for call in samples)  # on-policy
+    problems, used = {call.args[1] for call in asked}, rows_of(mini / "responses.jsonl")
+    assert len(problems) == 32 and not problems & {row["problem"] for row in used}
 
 
-@pytest.mark.parametrize(
-    "stage, model, flags",
-    [(3, "srt", []), (4, "sd_zero", ["--steps", "2", "--rounds", "2", "--batch-size", "4"])],
-)
-def test_an_interrupted_training_becomes_the_uninterrupted_one(
-    stages, mini, tmp_path, monkeypatch, stage, model, flags
-):
-    inputs = ["verified", "revisions", *(["srt"] if stage == 4 else [])]
-    argv = lambda out: [*MINI[stage], *flags, "--save-every", "2", "--out", str(out)]
-    for out in ("whole", "torn"):
-        (tmp_path / out).mkdir()
-        for path in (p for p in mini.iterdir() if p.name.split(".")[0] in inputs):
-            (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / out / path.name)
-    stages[stage].main(argv(tmp_path / "whole"))
-    for steps in (
-        2,
-        1,
-    ):  # interrupted in the third step, before anything could be saved twice, and again one or two steps later
-        seen, real = [], stages[stage].update
-
-        def interrupted(*a):
-            seen.append(real(*a))
-            if len(seen) > steps:
-                raise KeyboardInterrupt
-            return seen[-1]
-
-        monkeypatch.setattr(stages[stage], "update", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            stages[stage].main(argv(tmp_path / "torn"))
-        monkeypatch.setattr(stages[stage], "update", real)
-    stages[stage].main(argv(tmp_path / "torn"))
-    whole, torn = weights_of(tmp_path / "whole" / model), weights_of(tmp_path / "torn" / model)
-    assert all(torch.equal(whole[k], torn[k]) for k in whole)
-    log = "srt.jsonl" if stage == 3 else "distill.jsonl"
-    losses = [
-        [r.get("loss", r.get("kl")) for r in rows_of(tmp_path / out / log)]
-        for out in ("whole", "torn")
-    ]
-    assert losses[0] == losses[1] and not (tmp_path / "torn" / f"{model}.resume").exists()
+@pytest.mark.parametrize("stage, made", [(3, ALL[:2]), (4, ALL[:4]), (5, ALL[:1])])
+def test_the_reviser_is_told_the_true_reward(lab, tokenizer, stage, made):
+    asked = lab.calls_of(stage, "revision_ids")
+    lab.part_of_mini(*made)
+    lab.run(stage)
+    splits = (common.load_problems(ROOT / "data", split) for split in ("train", "test"))
+    answers = {x["problem"]: x for x in sum(splits, [])}
+    assert {call.args[3] for call in asked} == {0, 1}
+    for _, problem, ids, reward, p_r in (call.args for call in asked):
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        assert reward == common.verify(answers[problem], text)[0] and p_r == common.P_R
 
 
-def test_ctrl_c_during_the_imports_says_how_to_go_on(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "01_generate.py", "--out", tmp_path],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    time.sleep(1)  # torch and transformers take longer
-    process.send_signal(signal.SIGINT)
-    message = process.communicate()[1]
-    assert (
-        "the same command goes on" in message
-        and "Traceback" not in message
-        and process.returncode != 0
-    )
+def test_answers_that_do_not_fit_twice_are_not_learned_from(lab, stages, tmp_path, monkeypatch):
+    lab.part_of_mini(*ALL[:4])
+    for stage in (4, 5):
+        monkeypatch.setattr(stages[stage], "positions", lambda model: 200)
+    lab.run(4)
+    assert all(0 < r["too_long"] < 8 and r["kl"] > 0 for r in rows_of(tmp_path / "distill.jsonl"))
+    lab.run(5, "--checkpoints", "srt")
+    rows = [r for r in rows_of(tmp_path / "eval.jsonl") if r["sample"] == 0]
+    assert {bool(r["kl"]) for r in rows} == {True, False}
+    assert all(len(r["kl"]) in (0, len(r["response_ids"])) for r in rows)
 
 
-def test_steps_without_a_finite_gradient_are_skipped_and_end_the_training(
-    stages, mini, tmp_path, monkeypatch, capsys
-):
-    (
-        shutil.copy(mini / "verified.jsonl", tmp_path),
-        shutil.copy(mini / "revisions.jsonl", tmp_path),
-        shutil.copy(mini / "revisions.meta.json", tmp_path),
-    )
-    real = stages[3].srt_backward
-    monkeypatch.setattr(
-        stages[3],
-        "srt_backward",
-        lambda model, *a: (
-            real(model, *a) + next(model.parameters()).grad.fill_(float("nan")).sum().item()
-        ),
-    )
-    assert "not finite" in refused(
-        stages[3],
-        [*MINI[3], "--epochs", "4", "--save-every", "2", "--overwrite", "--out", tmp_path],
-        capsys,
-    )
-    rows = rows_of(tmp_path / "srt.jsonl")
-    assert (
-        len(rows) == 8
-        and not (tmp_path / "srt.resume").exists()
-        and all(r["gradient_norm"] is None for r in rows)
-        and not (tmp_path / "srt").exists()
-    )
-
-
-def test_a_training_without_any_finite_gradient_has_no_result_and_one_with_some_has():
-    rows = lambda *norms: [{"step": i, "gradient_norm": norm} for i, norm in enumerate(norms)]
-    common.stop_if_broken(rows(1.0, None), "x", 2)
-    common.stop_if_broken(rows(*[None] * 7), "x", 50)
-    for broken, steps in ((rows(None, None, None), 3), (rows(1.0, *[None] * 8), 50)):
-        with pytest.raises(SystemExit):
-            common.stop_if_broken(broken, "x", steps)
-
-
-def test_rewards_that_are_mostly_errors_end_a_stage():
-    common.stop_if_ungraded(["error"] * 4 + ["wrong"] * 4, False, "x")
-    common.stop_if_ungraded(["timeout"] * 8, True, "x")  # programs may be slow
-    common.stop_if_ungraded(["error"] * 7, False, "x", least=8)
-    for verdicts, any_code in (
-        (["error"] * 3 + ["timeout"] * 2 + ["wrong"] * 4, False),
-        (["error"] * 5 + ["wrong"] * 4, True),
-    ):
-        with pytest.raises(SystemExit):
-            common.stop_if_ungraded(verdicts, any_code, "x")
-
-
-def test_an_ablation_on_the_same_revisions_samples_nothing(stages, mini, tmp_path, monkeypatch):
-    for name in ("verified.jsonl", "verified.meta.json", "revisions.jsonl", "revisions.meta.json"):
-        shutil.copy(mini / name, tmp_path)
-    monkeypatch.setattr(stages[3], "sample", None)
-    stages[3].main([*MINI[3], "--epochs", "1", "--objective", "revision", "--out", str(tmp_path)])
-
-
-def test_of_copies_of_a_revision_one_is_kept_right_or_wrong(stages, mini, tmp_path, monkeypatch):
-    for name in ("verified.jsonl", "verified.meta.json"):
-        shutil.copy(mini / name, tmp_path)
-    tokenizer = common.load_tokenizer(ROOT / "data/base")
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    same = [*tokenizer("\\boxed{1}", add_special_tokens=False)["input_ids"], end]
-    monkeypatch.setattr(stages[3], "sample", lambda model, prefixes, *a: [same] * len(prefixes))
-    with pytest.raises(SystemExit):  # none is right
-        stages[3].main([*MINI[3], "--out", str(tmp_path)])
-    rows = rows_of(tmp_path / "revisions.jsonl")
-    assert {r["kept"] for r in rows} == {"revision wrong", "duplicate"}
-    assert all((r["kept"] == "duplicate") == (r["revision"] > 0) for r in rows)
-
-
-def test_answers_that_do_not_fit_the_models_positions_twice_are_not_learned_from(
-    stages, mini, tmp_path
-):
-    for name in ("verified.jsonl", "verified.meta.json", "srt", "srt.meta.json"):
-        (shutil.copytree if name == "srt" else shutil.copy)(mini / name, tmp_path / name)
-    config = tmp_path / "srt/config.json"
-    config.write_text(
-        json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 200})
-    )
-    stages[4].main([*MINI[4], "--mix", "--out", str(tmp_path)])
-    log = rows_of(tmp_path / "distill.jsonl")
-    assert all(0 < r["too_long"] < 8 and r["kl"] > 0 for r in log)
-    stages[5].main(
-        [*MINI[5], "--mix", "--checkpoints", f"srt={tmp_path / 'srt'}", "--out", str(tmp_path)]
-    )
-    asked = [r for r in rows_of(tmp_path / "eval.jsonl") if r["sample"] == 0]
-    assert {bool(r["kl"]) for r in asked} == {True, False} and all(
-        len(r["kl"]) in (0, len(r["response_ids"])) for r in asked
-    )
-
-
-def test_the_best_model_is_not_one_that_fell_at_the_end_of_a_good_stretch(stages):
-    history = [{"accuracy": a} for a in [0.7] * 10 + [0.95] * 7 + [0.5] * 3]
-    assert (
-        stages[4].best_of(history, 10) == 10
-        and stages[4].best_of(history[:17] + [{"accuracy": 0.8}] * 3, 10) == 20
-    )
-    assert stages[4].best_of(history, 1) == 17
-
-
-def test_what_goes_wrong_in_distillation_is_said(stages):
-    row = lambda **more: {"gradient_norm": 1.0, "finished": 0.9, "accuracy": 0.5, "kl": 0.1, **more}
-    say = lambda rows: stages[4].trouble(rows, 4, 4, 64)
-    assert say([row()] * 4) is None and say([row()] * 5) is None and say([row(kl=None)] * 3) is None
-    assert all(
-        "nothing to learn" in say([small] * 3) and say([small] * 2) is None
-        for small in (row(gradient_norm=1e-9), row(kl=1e-6))
-    )
-    assert (
-        "cut" in say([row(finished=0)] * 4)
-        and "wrong" in say([row(accuracy=0)] * 4)
-        and "right" in say([row(accuracy=1)] * 4)
-    )
-    history = (
-        [row()] * 4 + [row(accuracy=0.8)] * 4 + [row(accuracy=0.5)] * 4
-    )  # as good as at the start, and far below what it was
-    assert (
-        "50.0% are right" in say(history)
-        and "after step 8" in say(history)
-        and stages[4].best_of(history[:11], 4) == 8
-    )
-    assert (
-        say([row(accuracy=0.1)] * 4 + [row(accuracy=0.08)] * 4) is None
-    )  # five of 256 answers: by chance
-
-
-# ---------------------------------------------------------------- a user's mistakes: one line, exit code 2, nothing overwritten
-
-
-def refused(stage, argv, capsys):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as e:
-        stage.main([str(a) for a in argv])
-    message = capsys.readouterr().err.strip().splitlines()
-    message = [
-        line
-        for line in message
-        if line.strip()
-        and not re.match(r"(generate|revise|verify|SRT|distill|base|warning):", line)
-    ]
-    assert e.value.code == 2 and len(message) == 1 and message[0].startswith("error: "), message
-    return message[0]
-
-
-def test_a_stage_before_its_predecessor_names_the_command(stages, tmp_path, mini, capsys):
-    for stage, command in (
-        (2, "01_generate.py"),
-        (3, "02_verify.py"),
-        (4, "02_verify.py"),
-        (5, "03_revise_sft.py"),
-    ):
-        assert command in refused(stages[stage], ["--out", tmp_path], capsys)
-    shutil.copy(mini / "verified.jsonl", tmp_path)
-    assert "03_revise_sft.py" in refused(stages[4], ["--out", tmp_path], capsys)
-    assert not (tmp_path / "sd_zero").exists()
-
-
-@pytest.mark.parametrize(
-    "text, says",
-    [
-        ("", "is empty"),
-        ("{\n", ":1: not JSON"),
-        ('{"problem": "\\ud800", "answer": "1"}\n', ":1: not JSON in UTF-8"),
-        ('{"id": "a", "problem": "x"}\n', ":1: a row whose 'answer'"),
-        ("[1]\n", ":1: not an object"),
-        ("\x00\n", ":1: not JSON"),
-        (
-            '{"problem": "x", "answer": "1"}\n{"problem": "x", "answer": ""}\n',
-            ":2: a row whose 'answer'",
-        ),
-        ('{"problem": "x", "answer": 1}\n', ":1: a row whose 'answer'"),
-        ('{"problem": 5, "answer": "1"}\n', ":1: a row whose 'problem'"),
-        ('{"problem": "x", "tests": []}\n', ":1: a row whose 'tests'"),
-        ('{"problem": "x", "tests": [{"stdin": "1"}]}\n', ":1: a row whose 'tests'"),
-        ('{"id": [], "problem": "x", "answer": "1"}\n', ":1: a row whose 'id'"),
-        (
-            '{"problem": "x", "tests": [{"stdin": "1", "stdout": "2"}, {"call": "f", "args": [], "expected": 1}]}\n',
-            ":1: a row whose 'tests'",
-        ),
-        (
-            '{"problem": "x", "tests": [{"stdin": "1", "stdout": "2", "call": "f"}]}\n',
-            ":1: a row whose 'tests'",
-        ),
-        ('{"problem": "x", "tests": [{"stdin": "1", "stdout": "2"}]}\n', "--allow-code"),
-        (
-            '{"id": "a", "problem": "x", "answer": "1"}\n{"id": "a", "problem": "y", "answer": "1"}\n',
-            ":2: a row whose 'id' is there already",
-        ),
-        ('{"kind": "poem", "problem": "x", "answer": "1"}\n', ":1: a row of kind 'poem'"),
-    ],
-)
-def test_bad_problem_files_are_named_by_file_and_line(stages, tmp_path, capsys, text, says):
-    (tmp_path / "p.jsonl").write_text(text)
-    message = refused(
-        stages[1], ["--data", tmp_path / "p.jsonl", "--out", tmp_path / "run"], capsys
-    )
-    assert (
-        says in message
-        and ("p.jsonl" in message or "allow" in message)
-        and not (tmp_path / "run").exists()
-    )
-
-
-def test_bad_flags_and_bad_models(stages, tmp_path, capsys, mini):
-    one = stages[1]
-    assert "--seeed" in refused(one, ["--seeed", 1], capsys)
-    assert "--limit" in refused(one, ["--limit", 0], capsys) and "--n" in refused(
-        one, ["--n", "x"], capsys
-    )
-    assert "'poem'" in refused(stages[3], ["--objective", "poem"], capsys) and "'poem'" in refused(
-        stages[4], ["--kl", "poem"], capsys
-    )
-    assert "--temperature" in refused(one, ["--temperature", "nan"], capsys) and "--lr" in refused(
-        stages[3], ["--lr", "-1"], capsys
-    )
-    assert "--device" in refused(one, ["--device", "abacus", "--out", tmp_path / "r"], capsys)
-    assert "config.json" in refused(one, ["--model", tmp_path, "--out", tmp_path / "r"], capsys)
-    assert "does not exist" in refused(
-        one, ["--model", tmp_path / "none", "--out", tmp_path / "r"], capsys
-    )
-    assert "does not exist" in refused(
-        one, ["--data", tmp_path / "none.jsonl", "--out", tmp_path / "r"], capsys
-    )
-    assert "--k 4" in refused(stages[5], ["--n", 2, "--k", 4, "--out", mini], capsys)
-    for flags in (
-        ["--eval", tmp_path / "results.json"],
-        ["--eval", mini / "eval.jsonl", "--summary", mini / "x/../eval.jsonl"],
-        ["--summary", mini / "eval.meta.json"],
-    ):
-        assert "written over" in refused(stages[5], [*flags, "--out", mini], capsys)
-    assert "NAME=MODEL" in refused(stages[5], ["--checkpoints", "base", "--out", mini], capsys)
-    shutil.copytree(ROOT / "data/base", tmp_path / "m")
-    (tmp_path / "m/model.safetensors").unlink()
-    assert "weights" in refused(one, ["--model", tmp_path / "m", "--out", tmp_path / "r"], capsys)
-    (tmp_path / "m/model.safetensors").write_bytes(
-        (ROOT / "data/base/model.safetensors").read_bytes()[:100_000]
-    )
-    assert "weights" in refused(one, ["--model", tmp_path / "m", "--out", tmp_path / "r"], capsys)
-    weights = load_file(ROOT / "data/base/model.safetensors")
-    weights.pop("model.norm.weight")
-    save_file(weights, tmp_path / "m/model.safetensors", {"format": "pt"})
-    assert "model.norm.weight" in refused(
-        one, ["--model", tmp_path / "m", "--out", tmp_path / "r"], capsys
-    )
-    (tmp_path / "m/chat_template.jinja").write_text("{{ raise_exception('no') }}")
-    assert "template fails" in refused(
-        one, ["--model", tmp_path / "m", "--out", tmp_path / "r"], capsys
-    )
-    (tmp_path / "m/chat_template.jinja").unlink()
-    assert "chat template" in refused(
-        one, ["--model", tmp_path / "m", "--out", tmp_path / "r"], capsys
-    )
-
-
-@pytest.mark.parametrize(
-    "stage, flags, says",
-    [
-        (1, ["--seed", "1"], "seed"),
-        (1, ["--limit", "25"], "limit"),
-        (3, ["--lr", "1"], "lr"),
-        (4, ["--kl", "forward"], "kl"),
-        (5, ["--temperature", "0.5"], "temperature"),
-        (3, ["--p-r-wrong", "No."], "p_r_wrong"),
-    ],
-)
-def test_artifacts_of_other_arguments_are_not_overwritten(stages, mini, capsys, stage, flags, says):
-    before = {f: f.read_bytes() for f in mini.rglob("*") if f.is_file()}
-    message = refused(stages[stage], [*MINI[stage], *flags, "--out", mini], capsys)
-    assert says in message and "--overwrite" in message
-    assert {f: f.read_bytes() for f in mini.rglob("*") if f.is_file()} == before
-
-
-def test_bad_outputs(stages, mini, tmp_path, capsys):
-    (tmp_path / "file").write_text("x")
-    for out in (tmp_path / "file", tmp_path / "file/below"):
-        assert "cannot be written" in refused(stages[1], ["--limit", 1, "--out", out], capsys)
-    assert "is a folder" in refused(stages[1], ["--limit", 1, "--responses", tmp_path], capsys)
-    assert "is a file" in refused(
-        stages[4], [*MINI[4], "--out", mini, "--sd-zero", tmp_path / "file"], capsys
-    )
-    assert "write its log over" in refused(
-        stages[3], [*MINI[3], "--out", mini, "--srt", mini / "revisions"], capsys
-    )
-    assert (tmp_path / "file").read_text() == "x"
-
-
-@pytest.mark.parametrize(
-    "stage, source, field, value",
-    [
-        (2, "responses", "response", 5),
-        (2, "responses", "answer", None),
-        (2, "responses", "finished", "no"),
-        (2, "responses", "response_ids", "abc"),
-        (3, "verified", "response_ids", [1.5]),
-        (3, "verified", "response_ids", []),
-        (3, "verified", "reward", 7),
-        (3, "verified", "reward", True),
-        (4, "verified", "id", []),
-        (3, "verified", "response_ids", [99999]),
-    ],
-)
-def test_a_field_of_a_wrong_type_is_named_by_file_and_line(
-    stages, mini, tmp_path, capsys, stage, source, field, value
-):
-    rows = rows_of(mini / f"{source}.jsonl")
-    rows[1][field] = value
-    common.append_jsonl(tmp_path / f"{source}.jsonl", rows)
-    message = refused(stages[stage], [*MINI[stage], "--out", tmp_path], capsys)
-    assert f"{source}.jsonl" in message and (":2: field" in message or "token ids" in message)
-
-
-@pytest.mark.parametrize(
-    "stage, flags, says",
-    [
-        (4, ["--seed", "1"], "seed"),
-        (4, ["--p-r-wrong", "No."], "p_r_wrong"),
-        (3, ["--model", "other"], "model"),
-        (5, ["--model", "other"], "model"),
-    ],
-)
-def test_inputs_of_another_model_seed_or_p_r_are_refused_and_mixed_if_told_to(
-    stages, mini, tmp_path, capsys, stage, flags, says
-):
-    for path in mini.iterdir():
-        if (
-            path.name.split(".")[0]
-            in {3: ("verified",), 4: ("verified", "srt"), 5: ("verified", "srt", "sd_zero")}[stage]
-        ):
-            (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
-    if says == "model":  # the same weights, another template
-        shutil.copytree(ROOT / "data/base", tmp_path / "other")
-        (tmp_path / "other/chat_template.jinja").write_text(
-            (tmp_path / "other/chat_template.jinja").read_text() + " "
-        )
-        flags = ["--model", tmp_path / "other"]
-    message = refused(stages[stage], [*MINI[stage], *flags, "--out", tmp_path], capsys)
-    assert says in message and "--mix" in message
-    if stage == 4:
-        stages[4].main([*MINI[4], *flags, "--mix", "--out", str(tmp_path)])
-
-
-@pytest.mark.parametrize(
-    "change, says",
-    [
-        (
-            lambda path: path.write_bytes(path.read_bytes()[:-1] + b" \n"),
-            "is not what its stage left",
-        ),
-        (
-            lambda path: common.write_json(
-                common.meta_file(path),
-                {k: v for k, v in common.read_meta(path).items() if k != "counts"},
-            ),
-            "is not complete",
-        ),
-    ],
-)
-def test_inputs_that_were_changed_or_are_not_complete_are_refused(
-    stages, mini, tmp_path, capsys, change, says
-):
-    for name in ("responses.jsonl", "responses.meta.json"):
-        shutil.copy(mini / name, tmp_path)
-    change(tmp_path / "responses.jsonl")
-    assert says in refused(stages[2], ["--out", tmp_path], capsys)
-    if "left" in says:
-        stages[2].main(["--mix", "--out", str(tmp_path)])
-
-
-def test_no_tensor_is_on_another_device_than_its_model():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "tests/pretended_gpu.py"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0 and "4 passed" in done.stdout, done.stdout[-3000:]
+def test_the_best_model_did_not_fall_at_the_end_of_a_good_stretch(stages, monkeypatch):
+    monkeypatch.setattr(stages[4], "save_state", lambda *args, **state: None)
+    stretch, none = [0.7] * 10 + [0.95] * 7, {"model": None}
+    for every, last, best in ((10, 0.5, 10), (10, 0.8, 20), (1, 0.5, 17)):
+        args, saved = SimpleNamespace(save_every=every), []
+        monkeypatch.setattr(stages[4], "save_model", lambda *_: saved.append(n))
+        history = [{"accuracy": a, "gradient_norm": 1.0} for a in stretch + [last] * 3]
+        for n in range(every, 21, every):
+            stages[4].save("x", history[:n], None, args, none, last=False)
+        assert saved[-1] == best
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_trains_as_float32(
-    stages, model, tokenizer, mini, tmp_path, monkeypatch, dtype
-):
-    half = lambda: torch.autocast("cpu", dtype)
-    tuples = [
-        stages[3].sequence(row, tokenizer, common.P_R)
-        for row in rows_of(mini / "revisions.jsonl")
-        if row["kept"] == "yes"
-    ][:4]
-    losses, gradients = [], []
-    for context in ({}, {"context": half}):
-        losses.append(stages[3].srt_backward(model, tuples, "srt", 100, 200, **context))
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-        model.zero_grad()
-    assert losses[0] == pytest.approx(losses[1], rel=0.02)
-    assert torch.cosine_similarity(*gradients, dim=0) > 0.99 and all(
-        p.dtype == torch.float32 for p in model.parameters()
-    )
-
-    for module in (common, stages[4]):
-        monkeypatch.setattr(module, "autocast", lambda device: (half, dtype))
-    stages[4].main(
-        [
-            "--srt",
-            str(mini / "srt"),
-            "--verified",
-            str(mini / "verified.jsonl"),
-            "--batch-size",
-            "4",
-            "--max-new-tokens",
-            "40",
-            "--steps",
-            "2",
-            "--out",
-            str(tmp_path),
-        ]
-    )
+def test_half_precision_distils(lab, stages, tmp_path, monkeypatch, dtype):
+    half = Mock(return_value=(partial(torch.autocast, "cpu", dtype), dtype))
+    monkeypatch.setattr(common, "autocast", half)
+    monkeypatch.setattr(stages[4], "autocast", half)
+    lab.part_of_mini(*ALL[:4])
+    lab.run(4, "--batch-size", 4, "--max-new-tokens", 40)
     for row in rows_of(tmp_path / "distill.jsonl"):
         assert row["kl"] > 0 and 0 < row["gradient_norm"] < 10
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available(), reason="a process that has used a GPU cannot be forked"
-)
-def test_a_few_of_the_faults_of_the_readmes_table_lose_nothing(mini, tmp_path):
-    faults = load("tests/faults.py")
-    for name, fault in {
-        "killed": lambda: faults.killed(tmp_path, mini, {1: 2.0, 2: 1.0}, 2, most=1),
-        "damaged": lambda: faults.damaged_files(tmp_path, mini, 4),
-        "mutated": lambda: faults.mutated_files(tmp_path, mini, 4),
-        "mixed": lambda: faults.mixed_runs(tmp_path, mini),
-    }.items():
-        tried, lost, _ = fault()
-        assert tried and not lost, (name, lost)
+def test_no_tensor_is_on_another_device_than_its_model():
+    command = [sys.executable, "-m", "pytest", "-q", "tests/pretended_gpu.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "4 passed" in done.stdout, done.stdout[-3000:]
 
 
-def test_an_sd_zero_of_another_srt_is_refused(stages, mini, tmp_path, capsys):
-    for name in ("verified", "revisions", "srt", "sd_zero"):
-        for path in mini.glob(f"{name}*"):
-            (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
-    stages[3].main([*MINI[3], "--lr", "1e-4", "--overwrite", "--out", str(tmp_path)])
-    assert "comes from srt" in refused(stages[5], [*MINI[5], "--out", tmp_path], capsys)
-    stages[5].main(
-        [
-            *MINI[5],
-            "--limit",
-            "1",
-            "--checkpoints",
-            f"srt={tmp_path / 'srt'}",
-            f"other={tmp_path / 'sd_zero'}",
-            "--out",
-            str(tmp_path),
-        ]
-    )  # asked for
+@pytest.mark.parametrize("stage, name", [(1, ALL[0]), (2, ALL[1]), (3, ALL[2]), (5, ALL[5])])
+def test_a_torn_artifact_is_continued_to_the_same_bytes(lab, mini, tmp_path, stage, name):
+    lab.part_of_mini(*(ALL if stage == 5 else ALL[:stage]))
+    run, whole = run_of(tmp_path), (mini / name).read_bytes()
+    before = run["made"][name].pop("id"), run["made"][name].pop("counts")
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    (tmp_path / name).write_bytes(whole[: len(whole) * 2 // 3])
+    lab.run(stage, *(["--batch-rows", 5] if stage in (1, 3) else []))
+    after = run_of(tmp_path)["made"][name]
+    assert (tmp_path / name).read_bytes() == whole and (after["id"], after["counts"]) == before
+    assert stage != 3 or torch.equal(weights(mini / "srt"), weights(tmp_path / "srt"))
 
 
-def test_two_processes_do_not_write_one_artifact(stages, mini, tmp_path, capsys):
-    import fcntl
+@pytest.mark.parametrize("stage, name, log", [(3, "srt", "srt"), (4, "sd_zero", "distill")])
+def test_interruptions_change_no_training(lab, stages, tmp_path, monkeypatch, stage, name, log):
+    flags = [*["--rounds", 2] * (stage == 4), "--batch-size", 4, "--save-every", 2]
+    whole, torn, real = tmp_path / "whole", tmp_path / "torn", stages[stage].update
+    for out in (whole, torn):
+        lab.part_of_mini(*ALL[:stage], out=out)
+    lab.run(stage, *flags, out=whole)
+    stops = iter([False, False, True, True])  # in the third step, and in the first after going on
 
-    with open(tmp_path / ".responses.lock", "w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        assert "another process" in refused(stages[1], [*MINI[1], "--out", tmp_path], capsys)
-    stages[1].main([*MINI[1], "--out", str(tmp_path)])
-    assert (tmp_path / "responses.jsonl").read_bytes() == (mini / "responses.jsonl").read_bytes()
+    def update(*args):
+        norm = real(*args)
+        if next(stops, False):
+            raise KeyboardInterrupt
+        return norm
 
-
-def test_evaluation_refuses_the_problems_of_phase_1(stages, mini, capsys):
-    assert "trained on" in refused(
-        stages[5], [*MINI[5], "--data", ROOT / "data/train.jsonl", "--out", mini], capsys
-    )
-
-
-def test_overwrite_keeps_the_old_artifact_until_the_new_one_is_complete(
-    stages, mini, tmp_path, capsys
-):
-    old = (mini / "responses.jsonl").read_bytes()
-    for name in ("responses.jsonl", "responses.meta.json"):
-        shutil.copy(mini / name, tmp_path)
-    shutil.copytree(ROOT / "data/base", tmp_path / "m")
-    (tmp_path / "m/model.safetensors").write_bytes(b"no weights")
-    refused(
-        stages[1], [*MINI[1], "--model", tmp_path / "m", "--overwrite", "--out", tmp_path], capsys
-    )
-    assert (tmp_path / "responses.jsonl.old").read_bytes() == old
-    stages[1].main([*MINI[1], "--seed", "1", "--overwrite", "--out", str(tmp_path)])
-    assert (
-        not (tmp_path / "responses.jsonl.old").exists()
-        and (tmp_path / "responses.jsonl").read_bytes() != old
-    )
+    monkeypatch.setattr(stages[stage], "update", update)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            lab.run(stage, *flags, out=torn)
+    lab.run(stage, *flags, out=torn)
+    assert torch.equal(weights(whole / name), weights(torn / name))
+    a, b = (rows_of(out / f"{log}.jsonl") for out in (whole, torn))
+    assert [{**row, "seconds": 0} for row in a] == [{**row, "seconds": 0} for row in b]
+    assert not (torn / f"{name}.resume").exists()
 
 
-def test_the_best_model_is_kept_until_a_new_run_has_one_or_is_complete(
-    stages, mini, tmp_path, monkeypatch
-):
-    command = [
-        *MINI[4],
-        "--srt",
-        str(mini / "srt"),
-        "--verified",
-        str(mini / "verified.jsonl"),
-        "--out",
-        str(tmp_path),
-        "--overwrite",
-    ]
-    (tmp_path / "sd_zero.best").mkdir()
-    (tmp_path / "sd_zero.best/model.safetensors").write_bytes(b"an earlier run's")
-    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(stages[4], "update", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
-        stages[4].main(command)
-    assert (tmp_path / "sd_zero.best/model.safetensors").read_bytes() == b"an earlier run's"
-    stages[4].main([*command, "--save-every", "1"])
-    assert (
-        load_file(tmp_path / "sd_zero.best/model.safetensors").keys()
-        == load_file(tmp_path / "sd_zero/model.safetensors").keys()
-    )
-    stages[4].main(command)
-    assert not (tmp_path / "sd_zero.best").exists()
+def test_what_a_machine_lacks_is_one_line_and_a_mistake_of_ours_is_not(monkeypatch, capsys):
+    monkeypatch.setattr(common, "_graders", Mock())
+    of_torch, of_safetensors = RuntimeError("enforce fail"), Exception("I/O error (os error 28)")
+    of_torch.__context__ = OSError(errno.EDQUOT, "full")
+    for happens, code, says in (
+        (partial(signal.raise_signal, signal.SIGTERM), 130, "goes on where it stopped"),
+        (OSError(errno.ENOSPC, "full"), 2, "the disk is full"),
+        (of_torch, 2, "the disk is full"),
+        (of_safetensors, 2, "the disk is full"),
+        (OSError(errno.EACCES, "no"), 2, "cannot be written"),
+    ):
+        with pytest.raises(SystemExit) as e:
+            common.run_stage(Mock(side_effect=happens))
+        assert e.value.code == code and says in capsys.readouterr().err, happens
+    with pytest.raises(FileNotFoundError):
+        common.run_stage(Mock(side_effect=FileNotFoundError(errno.ENOENT, "ours")))
 
 
-def test_new_responses_make_the_old_rewards_refused(stages, mini, tmp_path, capsys):
-    shutil.copytree(mini, tmp_path / "run")
-    stages[1].main([*MINI[1], "--seed", "1", "--overwrite", "--out", str(tmp_path / "run")])
-    assert "responses (hash)" in refused(stages[2], ["--out", tmp_path / "run"], capsys)
+def test_steps_without_a_finite_gradient_are_skipped_and_end_the_training(lab, tmp_path):
+    lab.part_of_mini(*ALL[:3])
+    assert "no finite gradient" in lab.refused(3, "--epochs", 9, "--save-every", 2, "--lr", 1e38)
+    norms = [row["gradient_norm"] for row in rows_of(tmp_path / "srt.jsonl")]
+    assert norms[0] > 0 and norms[1:] == [None] * 8
+    assert not (tmp_path / "srt.resume").exists() and not (tmp_path / "srt").exists()
 
 
-def test_all_answers_wrong_or_ungradable_is_said_before_training(stages, tmp_path, capsys):
-    rows = [
-        {
-            "id": str(i),
-            "sample": 0,
-            "problem": "x",
-            "answer": "",
-            "response": "\\boxed{1}",
-            "response_ids": [5, 2],
-            "finished": True,
-        }
-        for i in range(3)
-    ]
-    common.append_jsonl(tmp_path / "responses.jsonl", rows)
-    assert "rewards mean nothing" in refused(stages[2], ["--out", tmp_path], capsys)
-    assert "is not complete" in refused(stages[3], ["--out", tmp_path], capsys)
+def test_rewards_that_are_mostly_errors_end_a_stage(lab, stages, monkeypatch):
+    lab.part_of_mini(*ALL[:1])
+    monkeypatch.setattr(stages[2], "verify_all", lambda rows, _: [(0, "error", "1")] * len(rows))
+    assert "rewards mean nothing" in lab.refused(2)
+    assert "not complete" in lab.refused(3)
 
 
-def test_readme_benchmark_is_that_of_the_run():
-    with pytest.raises(SystemExit) as e:
-        load("tests/bench.py").main(["--check"])
-    assert e.value.code == 0
+def test_another_model_brings_the_papers_numbers(tmp_path):
+    base, code = str(ROOT / "data/base"), str(ROOT / "data/code")
+    for flags in ([], ["--model", base], ["--data", code], ["--model", "owner/name"]):
+        p, embedded = common.arguments("01", ""), "owner/name" not in flags
+        p.add_argument("--limit", type=int, help="so many")
+        args = common.parse(p, [*flags, "--out", str(tmp_path)])
+        assert args.run["embedded"] == embedded == Path(args.model).is_dir()
+        assert (args.limit, "OpenR1" in args.data) == (
+            (1500, False) if embedded else (10_000, True)
+        )
 
 
-def test_readme_commands_have_flags_that_exist(stages, capsys):
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    variables, known = dict(re.findall(r'\b([A-Z])="([^"]*)"', text)), {}
+def test_help_shows_both_defaults_and_every_flag_of_the_readmes_commands(stages, capsys):
+    readme = (ROOT / "README.md").read_text().replace("\\\n", " ")
     for i, stage in stages.items():
         with pytest.raises(SystemExit):
             stage.main(["--help"])
-        known[i] = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
-    commands = re.findall(r"python 0(\d)_\w+\.py([^&\n]*)", text)
-    assert len(commands) >= 20
-    for stage, flags in commands:
-        flags = re.sub(r"\$([A-Z])", lambda m: variables[m[1]], flags)
-        assert set(re.findall(r"--[a-z-]+", flags)) <= known[int(stage)], (stage, flags)
+        said = " ".join(capsys.readouterr().out.split()).replace("- ", "-")
+        for name, (small, paper) in common.DEFAULTS.items():
+            shown = f"(default: {small or '–'}; with --model: {paper})" in said
+            assert shown or not name.startswith(f"0{i}"), name
+        for flags in re.findall(rf"python 0{i}_\w+\.py([^&\n]*)", readme):
+            assert {*re.findall(r"--[a-z-]+", flags)} <= {*re.findall(r"--[a-z-]+", said)}, flags
 
 
-def test_readme_line_counts_are_the_files():
-    table = re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", (ROOT / "README.md").read_text(), re.M)
-    assert len(table) >= 7
-    for name, lines in table:
-        assert len((ROOT / name).read_text().splitlines()) == int(lines), name
+def test_other_arguments_are_refused_and_nothing_is_lost(lab, mini):
+    before = contents(mini)
+    for stage, flags, says in (
+        (1, ["--limit", 25], "limit: 24 there, 25 now"),
+        (3, ["--lr", 1], "lr"),
+        (4, ["--kl", "forward"], "kl"),
+        (5, ["--temperature", 0.5], "temperature"),
+        (1, ["--seed", 1], "--seed"),
+        (3, ["--p-r-wrong", "No."], "--p-r-wrong"),
+        (5, ["--model", "other"], "--model"),
+        (5, ["--test-data", ROOT / "data/train.jsonl"], "problems of phase 1"),
+    ):
+        assert says in lab.refused(stage, *flags, out=mini), flags
+        assert contents(mini) == before
 
 
-def test_the_gpu_part_of_the_benchmark_runs_in_miniature():
-    shape = dict(
-        vocabulary=500, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, intermediate=128
-    )
-    bench = load("tests/bench.py")
-    rows = bench.large(1, shape, square=64, lengths=(16, 32), n=8)
-    assert len(rows) == 5 and all(
-        v > 0 for row in rows for v in row.values() if isinstance(v, float)
-    )
-    assert "a training step on one answer of 32 tokens: " in bench.markdown(rows, "a machine")
+def test_a_folder_that_is_in_use_damaged_or_of_the_first_edition_is_refused(lab, tmp_path):
+    with open(tmp_path / ".lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert "in use by another process" in lab.refused(1)
+    lab.run(1)
+    (tmp_path / "run.json").write_text("{")
+    assert "run.json is damaged" in lab.refused(1)
+    (tmp_path / "responses.meta.json").write_text("{}")
+    assert "first edition" in lab.refused(1)
+
+
+def test_what_is_not_there_changed_cut_short_or_made_anew_upstream_is_named(lab, mini, tmp_path):
+    for stage in (2, 3, 4, 5):
+        assert "01_generate.py" in lab.refused(stage)
+    lab.part_of_mini(*ALL[:4])
+    path, whole = tmp_path / "responses.jsonl", (mini / "responses.jsonl").read_bytes()
+    for content in (whole[:-1] + b" \n", whole[: len(whole) // 2], None):
+        path.write_bytes(content) if content else path.unlink()
+        message = lab.refused(2)
+        assert "responses.jsonl is gone or was changed" in message
+        assert f"01_generate.py --out {tmp_path} --overwrite" in message
+    lab.run(1, "--limit", 12, "--overwrite")
+    assert "02_verify.py" in lab.refused(3) and "03_revise_sft.py" in lab.refused(4)
+    lab.run(2, "--overwrite")
+    assert "03_revise_sft.py" in lab.refused(4) and "--overwrite" in lab.refused(3)
+    run = run_of(tmp_path)
+    run["made"]["base"]["id"] = "of another model"
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    assert "data/base is gone or was changed" in lab.refused(3)
+
+
+def test_a_variant_reads_in_place_and_needs_no_from_later(lab, stages, mini, tmp_path, monkeypatch):
+    origin, variant, other = (tmp_path / name for name in ("origin", "variant", "other"))
+    lab.part_of_mini(*ALL[:4], out=origin)
+    before = contents(origin)
+    with monkeypatch.context() as m:
+        m.setattr(stages[3], "sample", None)  # revisions are there
+        lab.run(3, "--from", origin, "--epochs", 1, out=variant)
+    assert [name for name in ALL if (variant / name).is_symlink()] == [*ALL[:3]]
+    run = run_of(variant)
+    assert run["settings"] == run_of(origin)["settings"] and run["from"] == str(origin)
+    lab.run(3, "--from", origin, "--revisions-wrong", 1, out=other)
+    assert not (other / "revisions.jsonl").is_symlink() and contents(origin) == before
+    lab.run(5, "--limit", 1, "--n", 1, out=variant)
+    assert len(json.loads((variant / "summary.json").read_text())) == 2
+    assert "not a variant of" in lab.refused(4, "--from", mini, out=variant)
+    (origin / "verified.jsonl").write_text("")
+    for _ in ("changed", "gone"):
+        assert "verified.jsonl is gone or was changed" in lab.refused(3, "--epochs", 1, out=variant)
+        shutil.rmtree(origin, ignore_errors=True)
+    assert "no run.json" in lab.refused(3, "--from", origin, out=tmp_path / "new")
+
+
+def test_phase_2_starts_from_what_it_is_told_and_does_not_mix_the_two(lab, mini):
+    loads = lab.calls_of(4, "load_model")
+    lab.run(4, "--from", mini, "--start", "base")
+    assert [call.args[0] for call in loads] == [ROOT / "data/base"] * 2
+    assert "--overwrite" in lab.refused(4)
+
+
+def test_a_checkpoint_more_only_adds_rows_and_best_goes_with_its_model(lab, tmp_path, capsys):
+    lab.part_of_mini(*ALL)
+    shutil.copytree(tmp_path / "sd_zero", tmp_path / "sd_zero.best")
+    run = run_of(tmp_path)
+    run["made"]["sd_zero.best"] = run["made"]["sd_zero"]
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    old, before = weights(tmp_path / "sd_zero"), (tmp_path / "eval.jsonl").read_bytes()
+    lab.run(5, "--checkpoints", "sd_zero.best")
+    assert (tmp_path / "eval.jsonl").read_bytes().startswith(before)
+    rows = {r.pop("checkpoint"): r for r in json.loads((tmp_path / "summary.json").read_text())}
+    assert rows.keys() == {"base", "srt", "sd_zero", "sd_zero.best"}
+    assert rows["sd_zero.best"] == rows["sd_zero"]  # the same weights, and the same noise
+    lab.run(4)
+    assert "is there already" in capsys.readouterr().out
+    lab.run(4, "--lr", 1e-3, "--overwrite")
+    assert not torch.equal(weights(tmp_path / "sd_zero"), old)
+    assert "sd_zero.best is not there" in lab.refused(5, "--checkpoints", "sd_zero.best")
+
+
+A = '{"id": "a", "problem": "x", "answer": "1"}'
+BAD = {
+    "": "no row that can be graded",
+    "[1]\n": ":1: no JSON object",
+    '{"problem": "\\ud800", "answer": "1"}\n': ":1: a row whose 'problem'",
+    f'{A}\n{{"problem": "x", "answer": ""}}\n': ":2: a row whose 'answer'",
+    f"{A}\n{A}\n": ":2: a row whose 'id' is there already",
+    '{"problem": "x", "tests": [{"stdin": "", "stdout": "", "call": "f"}]}\n': "'tests'",
+    '{"problem": "x", "tests": [{"stdin": "", "stdout": ""}]}\n': "--allow-code",
+    '{"kind": "poem", "problem": "x", "answer": "1"}\n': ":1: a row of kind 'poem'",
+}
+
+
+def test_bad_problem_files_are_named_by_file_and_line(lab, tmp_path):
+    for text, says in BAD.items():
+        (tmp_path / "p.jsonl").write_text(text)
+        assert says in lab.refused(1, "--data", tmp_path / "p.jsonl"), text
+        assert not (tmp_path / "run.json").exists()  # it can be mended and read again
+
+
+def test_bad_flags_and_bad_outputs(lab, tmp_path):
+    (tmp_path / "file").write_text("x")
+    for says, *flags in (
+        ("--seeed", "--seeed", 1),
+        ("--temperature", "--temperature", "nan"),
+        ("--device", "--device", "abacus"),
+        ("does not exist", "--model", tmp_path / "none", "--data", ROOT / "data"),
+        ("does not exist", "--data", tmp_path / "none.jsonl"),
+    ):
+        assert says in lab.refused(1, *flags), flags
+    for out in (tmp_path / "file", tmp_path / "file/below"):
+        assert "cannot be written" in lab.refused(1, out=out)
+
+
+def test_models_that_would_give_wrong_losses_are_refused(lab, tmp_path):
+    shutil.copytree(ROOT / "data/base", tmp_path / "m")
+    flags = "--model", tmp_path / "m", "--data", ROOT / "data", "--limit", 1
+    file = tmp_path / "m/model.safetensors"
+    tensors = load_file(file)
+    norm = tensors.pop("model.norm.weight")
+    save_file(tensors, file, {"format": "pt"})
+    assert "model.norm.weight" in lab.refused(1, *flags, out=tmp_path / "a")
+    save_file({**tensors, "model.norm.weight": norm * math.nan}, file, {"format": "pt"})
+    assert "not finite" in lab.refused(1, *flags, out=tmp_path / "b")
+    (tmp_path / "m/chat_template.jinja").write_text("hello")
+    assert "leaves the problem out" in lab.refused(1, *flags, out=tmp_path / "c")

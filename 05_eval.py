@@ -203,7 +203,7 @@ def plot_stages(summary, path):
 
     names, colours = [row["checkpoint"] for row in summary], ["#9aa5b1", "#e8a33d", "#2b7bba"]
     figure, both = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
-    panels = ("accuracy", "right answers, %", 100), ("mean_tokens", "tokens an answer", 1)
+    panels = ("accuracy", "right answers, %", 100), ("mean_tokens", "tokens per answer", 1)
     for axes, (key, title, scale) in zip(both, panels):
         values = [scale * row[key] for row in summary]
         errors = [scale * (row[f"{key}_se"] or 0) for row in summary]

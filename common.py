@@ -279,11 +279,12 @@ def already_made(args, name, decides, problems=None, grows=False):
     if differs and not args.overwrite and not path.is_symlink():
         die(f"{path} was made otherwise ({min(differs)}); choose another --out, or --overwrite")
     complete = "counts" in made.get(name, {}) and path.exists() and now.keys() <= was.keys()
-    if complete and not differs and not args.overwrite:
+    redo = args.overwrite and (name != "revisions.jsonl" or "counts" in made.get("srt", {}))
+    if complete and not differs and not redo:  # a half-made 03 goes on, --overwrite or not
         print(f"{path} is there already")
         remove(f"{path}.resume")
         return True
-    if differs or complete:  # a link stays behind: the variant's own will be another one
+    if differs or complete or path.is_symlink():  # a variant's own will be another one
         was = {}
         for suffix in ("", ".resume", ".best"):
             remove(f"{path}{suffix}")

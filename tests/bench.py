@@ -4,7 +4,6 @@
     kl         the KL and its gradient from hidden states: ours by chunks, plain logits, TRL
     step       a distillation step: 04_self_distill.py against TRL's SDPO trainer
     stages     the five stages end to end, and what the time goes into
-    large      on a GPU of 80 GB: Qwen3-4B's shape, random weights, beside the GPU's own limit
 
 Times are medians, with the range. Memory is the peak over what was held before: of the process
 (Linux), or of the GPU's allocator. Without TRL (pip install trl==1.13.0) the rest is measured.
@@ -90,25 +89,6 @@ def entry(part, case, what, table):
         runs[name]["bytes"] = max(t["bytes"])
         note.append(f"{name} {t['result']}")
     return {"part": part, "case": case, "note": f"{what}: {', '.join(note)}", "runs": runs}
-
-
-TINY = {"hidden": 128, "layers": 6, "heads": 4, "kv_heads": 2, "head_dim": 32, "intermediate": 384}
-QWEN3_4B = {"vocabulary": 151936, "hidden": 2560, "layers": 36, "heads": 32, "kv_heads": 8}
-QWEN3_4B |= {"head_dim": 128, "intermediate": 9728}
-
-
-def qwen3(shape, dtype=torch.float32):
-    """Random weights in Qwen3's architecture. No token ends an answer."""
-    how = {"vocab_size": shape["vocabulary"], "hidden_size": shape["hidden"]}
-    how |= {"num_hidden_layers": shape["layers"], "num_attention_heads": shape["heads"]}
-    how |= {"num_key_value_heads": shape["kv_heads"], "head_dim": shape["head_dim"]}
-    how |= {"intermediate_size": shape["intermediate"], "max_position_embeddings": 2**17}
-    torch.manual_seed(0)
-    with torch.device(DEVICE):
-        config = transformers.Qwen3Config(**how, tie_word_embeddings=True)
-        model = transformers.Qwen3ForCausalLM(config).to(dtype).eval()
-    model.generation_config.eos_token_id = [shape["vocabulary"]]
-    return model
 
 
 def base(n):
@@ -252,78 +232,6 @@ def stages(repeats):
     yield row | {"in all, minutes": (time.time() - began) / 60}
 
 
-def distil(student, teacher, prompts, answers, rest=DEVICE):
-    """A step's teacher, student and KL, as 04 has them; the teacher waits on the device `rest`."""
-    head, teacher_head = student.get_output_embeddings(), teacher.get_output_embeddings()
-    tokens, taught = sum(map(len, answers)), []
-    rows = [(p, p + y + p[:16], y) for p, y in zip(prompts, answers)]
-    parts = common.micro_batches(rows, lambda row: len(row[1]) + len(row[2]), 2048)
-    parts = [tuple(zip(*part)) for part in parts]
-    teacher.to(DEVICE)
-    with torch.no_grad(), CONTEXT():
-        for _, reviser, y in parts:
-            taught.append(common.completion_hidden(teacher, reviser, y).to(rest))
-    teacher.to(rest)
-    teacher_head.to(DEVICE)
-    for (prompts, _, y), hidden_t in zip(parts, taught):
-        with CONTEXT():
-            hidden = common.completion_hidden(student, prompts, y)
-        how = "reverse", tokens, CONTEXT
-        DISTILL.kl_backward(hidden, head, hidden_t, teacher_head, *how)
-
-
-def large(repeats, shape=QWEN3_4B, square=8192, lengths=(1024, 4096, 8192, 16384, 32768), n=256):
-    """Tokens a second, the longest answer that trains, and training's share of the GPU's speed."""
-    if shape is QWEN3_4B and not (CUDA and torch.cuda.mem_get_info()[1] > 75e9):
-        print("large: no GPU of 80 GB here, so it is not measured", file=sys.stderr)
-        return []
-
-    def run(f):
-        """(median seconds, GB held at the peak)"""
-        f()  # loads kernels, makes Adam's state
-        return median(measured(f)[0] for _ in range(repeats)), peak() / 1e9
-
-    x = torch.randn(square, square, device=DEVICE, dtype=DTYPE)
-    limit = 2 * square**3 * 20 / run(lambda: [x @ x for _ in range(20)])[0]  # operations a second
-    rows = [{"case": "a product of matrices", "TFLOP/s": limit / 1e12}]
-    student, teacher = qwen3(shape), qwen3(shape, DTYPE).requires_grad_(False)
-    rng = np.random.default_rng(0)
-    V, layers, width = shape["vocabulary"], shape["layers"], shape["heads"] * shape["head_dim"]
-    of_head = V * shape["hidden"]  # also the embedding
-    of_body = sum(p.numel() for p in student.parameters()) - of_head
-    for B in (16, 64):
-        prompts = rng.integers(0, V, (B, 2 * n)).tolist()
-        seconds, gb = run(partial(common.sample, student, prompts, range(B), n))
-        row = {"case": f"sampling, {B} rows, {n} tokens after {2 * n}"}
-        rows.append(row | {"tokens a second": n * B / seconds, "peak GB": gb})
-
-    def forward(length, scored):
-        """Operations of a forward pass, with the head on `scored` positions."""
-        return 2 * (of_body * length + of_head * scored) + 2 * layers * width * length**2
-
-    student.train().activation_checkpointing_enable()
-    optimizer = torch.optim.AdamW(student.parameters(), 1e-6, fused=True)
-    prompt = rng.integers(0, V, 256).tolist()
-
-    def train(y):
-        distil(student, teacher, [prompt], [y], torch.device("cpu"))
-        optimizer.step()
-        optimizer.zero_grad()
-
-    for L in lengths:
-        row = {"case": f"a training step on one answer of {L} tokens"}
-        try:
-            seconds, gb = run(partial(train, rng.integers(0, V, L).tolist()))
-        except RuntimeError as e:
-            rows.append({**row, "fits": f"no: {e!s:.60}"})
-            break
-        # forward and backward of the student, not what is recomputed; forward of the teacher
-        share = (3 * forward(256 + L, L) + forward(272 + 2 * L, L)) / seconds / limit
-        row |= {"seconds": seconds, "tokens a second": L / seconds, "peak GB": gb}
-        rows.append(row | {"MFU, moving the teacher included": share})
-    return [{"part": "large", **row} for row in rows]
-
-
 # ---------------------------------------------------------------- the table
 
 
@@ -354,7 +262,7 @@ def markdown(rows, machine):
 
 
 def main(argv=None):
-    parts = {f.__name__: f for f in (sampling, kl, step, stages, large)}
+    parts = {f.__name__: f for f in (sampling, kl, step, stages)}
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("parts", nargs="*", choices=[*parts, []], help="default: all")
     p.add_argument("--repeats", type=int, default=3, help="turns (default: 3)")

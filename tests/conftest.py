@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,26 +28,25 @@ MINI = {  # flags of the stages in miniature
 }
 
 
+def pytest_runtest_setup():
+    torch.set_num_threads(2)  # a test may have left another number, which rounds otherwise
+
+
 def load(name, patch=None):
     """A script as a module; patch: the stem of a file in tests/ablations, applied to a copy of it.
 
     With a patch, the name may be None: the patch names its stage.
     """
-    if not patch:
-        return load_file(ROOT / name)
     file = ROOT / f"tests/ablations/{patch}.patch"
     name = name or re.search(r"^\+\+\+ b/(\S+)", file.read_text(), re.M)[1]
     with tempfile.TemporaryDirectory() as folder:  # in a repository git would look at its index
-        copy = Path(folder, name)
-        copy.write_text((ROOT / name).read_text())
-        subprocess.run(["git", "apply", file], cwd=folder, check=True)
-        return load_file(copy)
-
-
-def load_file(path):
-    spec = importlib.util.spec_from_file_location(path.stem.lstrip("0123456789_"), path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+        path = ROOT / name
+        if patch:
+            path = Path(shutil.copy(path, folder))
+            subprocess.run(["git", "apply", file], cwd=folder, check=True)
+        spec = importlib.util.spec_from_file_location(path.stem.lstrip("0123456789_"), path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
     return module
 
 

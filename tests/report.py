@@ -28,7 +28,7 @@ SELF = {
     "wrong_after_wrong": "“wrong” among phrases after wrong attempts, %",
     "wrong_after_right": "“wrong” among phrases after right attempts, %",
 }
-FIGURES = "data/stages.png", "data/claims/training.png"
+FIGURE = "data/stages.png"
 
 
 def read(folder):
@@ -232,7 +232,7 @@ def tables(filed, methods, claims):
     return "\n".join(first), "\n".join([*lines, "", *best_lines(filed)])
 
 
-# ---------------------------------------------------------------- figures
+# ---------------------------------------------------------------- the figure
 
 
 def plot_stages(runs, path):
@@ -246,27 +246,6 @@ def plot_stages(runs, path):
             row |= {key: float(np.mean(values)), f"{key}_se": error}
         summary.append(row)
     load("05_eval.py").plot_stages(summary, path)
-
-
-def plot_training(runs, path):
-    """Accuracy and length over the answers sampled in phase 2 and in GRPO."""
-    from matplotlib import pyplot as plt
-
-    figure, both = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    kinds = {"long": "SD-Zero, phase 2", "no_srt_long": "phase 2 on the base", "grpo": "GRPO"}
-    panels = zip(both, ("accuracy", "mean_tokens"), ("right answers", "tokens an answer"))
-    for axes, key, title in panels:
-        for (name, label), colour in zip(kinds.items(), ("#2b7bba", "#7aa974", "#e8a33d")):
-            if name in runs:
-                curve = np.mean([run["training"][key] for run in runs[name].values()], 0)
-                smooth = np.convolve(np.pad(curve, 2, "edge"), np.ones(5) / 5, "valid")
-                axes.plot(64 * np.arange(len(smooth)), smooth, color=colour, label=label)
-        axes.set(title=title, xlabel="answers sampled on-policy")
-        axes.spines[["top", "right"]].set_visible(False)
-    if both[0].lines:
-        both[0].legend(frameon=False, loc="lower right")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------- written or checked
@@ -283,8 +262,7 @@ def write(filed, methods, claims, root):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(filled_in((path if path.exists() else there).read_text(), "results", text))
     runs, _ = read(filed)
-    plot_stages(runs, root / FIGURES[0])
-    plot_training(runs, root / FIGURES[1])
+    plot_stages(runs, root / FIGURE)
 
 
 def check(filed, methods, claims, scratch):
@@ -296,8 +274,7 @@ def check(filed, methods, claims, scratch):
     for name in ("README.md", "data/claims/README.md"):
         if (scratch / name).read_text() != (ROOT / name).read_text():
             differs.append(name)
-    for name in FIGURES:
-        ours, theirs = imread(scratch / name), imread(ROOT / name)
-        if ours.shape != theirs.shape or np.abs(ours - theirs).max() > 0.02:
-            differs.append(name)
+    ours, theirs = imread(scratch / FIGURE), imread(ROOT / FIGURE)
+    if ours.shape != theirs.shape or np.abs(ours - theirs).max() > 0.02:
+        differs.append(FIGURE)
     return differs

@@ -240,9 +240,10 @@ def variant_of(args):
         earlier = MADE_BY[name][:2] < args.stage or (name, args.stage) == ("revisions.jsonl", "03")
         if name == "base" or earlier and "counts" in entry:
             made[name] = entry
-        if name in made and name != "base":
-            remove(args.out / name)
-            (args.out / name).symlink_to(os.path.relpath(args.other / name, args.out))
+    for link in (args.out / name for name in made if name != "base"):
+        if link.is_symlink():  # of an earlier try
+            remove(link)
+        link.symlink_to(os.path.relpath(args.other / link.name, args.out))
     return {**run, "from": str(args.other), "made": made}
 
 
@@ -290,10 +291,10 @@ def already_made(args, name, decides, problems=None, grows=False):
             remove(f"{path}{suffix}")
         for later in list(MADE_BY)[list(MADE_BY).index(name) :]:  # they were made from it
             made.pop(later, None)
-    git = ["git", "-C", HERE, "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    git = "git describe --always --dirty"  # in a shell: there may be no git
+    commit = subprocess.run(git, shell=True, cwd=HERE, capture_output=True, text=True).stdout
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    made[name] = {"arguments": was | now, "versions": versions, "commit": commit}
+    made[name] = {"arguments": was | now, "versions": versions, "commit": commit.strip()}
     write_whole(args.out / "run.json", json.dumps(args.run, indent=1) + "\n")
     return False
 
@@ -315,7 +316,8 @@ def fingerprint(path):
     path, digest = Path(path), hashlib.sha256()
     if not path.exists():
         return str(path)
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+    files = [f for f in sorted(path.iterdir()) if f.is_file()] if path.is_dir() else [path]
+    for file in files:
         with open(file, "rb") as f:
             digest.update(hashlib.file_digest(f, "sha256").digest())
     return digest.hexdigest()[:16]

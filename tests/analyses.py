@@ -1,13 +1,5 @@
-"""What only a claim needs, from rows of eval.jsonl: used by tests/claims.py.
-
-pass_at          pass@1 to pass@n
-median_tokens    of the sampled answers
-phrases          control phrases said after an attempt with an answer; phrases_true: share of them
-wrong_after_*    of the phrases said after a wrong (right) attempt, how many say "wrong"
-kl_wrong, _right where finished wrong (right) answers have their KL, see spread_of
-mistakes         does a wrong answer's KL point to its first mistake?
-off_task         programs whose lines are no readings of the problem's steps
-"""
+"""What only a claim needs, from rows of eval.jsonl: the columns of metrics_of(), whether a wrong
+answer's KL points to its first mistake, and whether a program is on its task."""
 
 import math
 import re
@@ -18,7 +10,8 @@ from conftest import common, load
 
 
 def metrics_of(rows, p_r):
-    """The columns above, of one checkpoint's rows, greedy ones left out; null over nothing."""
+    """Of one checkpoint's rows, greedy ones left out; null over nothing. phrases: those said after
+    an attempt; wrong_after_*: of those after a wrong (right) one, how many say "wrong"."""
     rows, by_problem = [row for row in rows if not row["greedy"]], {}
     for row in rows:
         by_problem.setdefault(row["id"], []).append(row["reward"])

@@ -117,10 +117,8 @@ def on_code(name, rate=""):
     METHODS[f"code_{name}" + f"_{rate}" * bool(rate)] = new
 
 
-for name in ("base", "rft", "srt", "sd_zero", "no_srt"):
-    on_code(name)
-for name, rate in (("sd_zero", "1e-4"), ("sd_zero", "5e-5"), ("no_srt", "1e-4")):
-    on_code(name, rate)
+for which in "base rft srt sd_zero no_srt sd_zero:1e-4 sd_zero:5e-5 no_srt:1e-4".split():
+    on_code(*which.split(":"))
 on_code("no_srt_long", "1e-4")
 
 # the paper's claim | metric | the method that has more of it > that has less | what it says
@@ -291,10 +289,10 @@ def file_what_is_missing(seed, methods, filed, out, miniature):
         if path.exists():
             continue
         try:
-            if seed is None:
-                result = search(name, out, rates, miniature)
-            else:
-                result = run(name, seed, out, rates, miniature=miniature)
+            how = name, out, rates, miniature
+            result = (
+                search(*how) if seed is None else run(name, seed, out, rates, "test", miniature)
+            )
             common.write_whole(path, json.dumps(result, indent=1) + "\n")
         except Exception as e:
             failed.append(f"{path.stem}: {type(e).__name__}: {e}")
@@ -311,8 +309,7 @@ def run_all(methods, seeds, filed, out, jobs, miniature):
         todo = [pool.submit(file_what_is_missing, seed, *what) for seed in range(seeds)]
         failed += sum((future.result() for future in todo), [])
     if failed:
-        again = "these runs failed, the others are filed; the same command tries them again:"
-        sys.exit("\n".join([again, *failed]))
+        sys.exit("\n".join(["failed, and tried again by the same command:", *failed]))
 
 
 def main(argv=None):
@@ -322,9 +319,7 @@ def main(argv=None):
     text = f"of {', '.join(METHODS)}"
     p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help=text)
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="seeds at a time")
-    p.add_argument(
-        "--out", type=Path, default=Path("runs/claims"), help="one folder a seed below it"
-    )
+    p.add_argument("--out", type=Path, default=Path("runs/claims"), help="a folder per seed below")
     p.add_argument("--check", action="store_true", help="run nothing; compare with what is filed")
     p.add_argument("--miniature", action="store_true", help="tiny; files its results below --out")
     args = p.parse_args(argv)
@@ -332,8 +327,7 @@ def main(argv=None):
     if args.check:
         with tempfile.TemporaryDirectory() as scratch:
             differs = report.check(FILED, METHODS, CLAIMS, Path(scratch))
-        again = "not what data/claims gives; run: python tests/claims.py --seeds 0"
-        sys.exit(f"{' and '.join(differs)}: {again}" if differs else 0)
+        sys.exit(f"not what data/claims gives: {differs}; see --seeds 0" if differs else 0)
     filed = out / "filed" if args.miniature else FILED
     if args.seeds:
         run_all(args.methods, args.seeds, filed, out, args.jobs, args.miniature)

@@ -26,7 +26,6 @@ def graders(text):
 
 
 def flags():
-    """The flags of all stages, counted once each."""
     found = set()
     for path in [*STAGES, ROOT / "common.py"]:
         for node in ast.walk(ast.parse(path.read_text())):

@@ -17,13 +17,12 @@ def test_a_claim_needs_a_confidence_interval_beyond_zero():
     assert report.judge([0.1]) is None
     mean, error, verdict = report.judge([0.1, 0.2, 0.3])  # t = 0.2 / (0.1 / √3) = 3.46 < 4.30
     assert (mean, error, verdict) == (pytest.approx(0.2), pytest.approx(0.1 / 3**0.5), "not shown")
-    assert report.judge([0.19, 0.2, 0.21])[2] == "shown"
-    assert report.judge([-0.19, -0.2, -0.21])[2] == "opposite"
+    verdicts = [report.judge([0.19 * sign, 0.2 * sign, 0.21 * sign])[2] for sign in (1, -1)]
+    assert verdicts == ["shown", "opposite"]
 
 
 def test_steps_until_a_level_count_the_whole_window():
-    assert report.until([0.9] * 10) is None
-    assert report.until([1.0] * 5) == 5
+    assert report.until([0.9] * 10) is None and report.until([1.0] * 5) == 5
     assert report.until([0.5] + [1.0] * 9) == 6
 
 
@@ -96,7 +95,6 @@ def test_a_mistake_is_hit_where_the_largest_kl_lies_on_it(tokenizer):
         (["xs[:-2]", "sorted(xs, reverse=True)", "[x for x in xs if x > 5]"], 0),
         (["xs[3:]", "sorted(xs)"], 1),
         (["sorted(xs)", "xs[3:]", "[x for x in xs if x >= 4]"], 1),
-        (["xs[3:]", "sorted(xs)", "[x for x in xs if x >= 4] + xs"], 1),
     ],
 )
 def test_a_program_is_off_its_task_if_its_lines_are_not_the_steps(lines, astray):

@@ -313,11 +313,9 @@ def run_all(methods, seeds, filed, out, jobs, miniature):
 
 
 def main(argv=None):
-    doc, style = __doc__, argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=doc, formatter_class=style)
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--seeds", type=int, default=3, help="so many, from 0; 0: only write the tables")
-    text = f"of {', '.join(METHODS)}"
-    p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help=text)
+    p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="seeds at a time")
     p.add_argument("--out", type=Path, default=Path("runs/claims"), help="a folder per seed below")
     p.add_argument("--check", action="store_true", help="run nothing; compare with what is filed")

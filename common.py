@@ -1,7 +1,8 @@
-"""What two or more stages must share exactly: runs, prompts, graders, models, training, sampling.
+"""What two or more stages must share exactly: runs, prompts, graders, training, sampling.
 
 Letters for shapes: B rows, T positions, V vocabulary, H hidden size, N answer tokens of a batch
-laid end to end. A run is a folder: what the stages made, and run.json, which says how.
+laid end to end. A run is a folder: what the stages made, and run.json, which says how. How files,
+models and problems are read and written is in data/.
 """
 
 import argparse
@@ -35,13 +36,16 @@ import torch
 import torch.nn.functional as F
 import transformers
 from filelock import FileLock, Timeout
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
 
+# the stages have these from here, too
+from data.files import append_jsonl, die, fingerprint, in_blocks, read_jsonl  # noqa: F401
+from data.files import remove, warn, write_whole
+from data.models import autocast, end_ids, load_model, load_tokenizer  # noqa: F401
+from data.models import pick_device, positions, save_model  # noqa: F401
 from data.problems import load_problems  # noqa: F401
 
-transformers.utils.logging.disable_progress_bar()  # ours are enough
 HERE = Path(__file__).resolve().parent
 P_R = {  # the control phrase by reward: --p-r-right, --p-r-wrong → args.p_r → revision_ids()
     1: "Let me rephrase the above solution.",
@@ -50,16 +54,6 @@ P_R = {  # the control phrase by reward: --p-r-right, --p-r-wrong → args.p_r �
 
 
 # ---------------------------------------------------------------- errors
-
-
-def warn(message):
-    tqdm.write(f"warning: {message}", file=sys.stderr)  # not into a progress bar
-
-
-def die(message):
-    """A user's mistake: one line on stderr (what, where, how to mend), exit code 2."""
-    tqdm.write(f"error: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(2)
 
 
 FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
@@ -309,73 +303,6 @@ def finish(args, name, began, device, **counts):
     write_whole(args.out / "run.json", json.dumps(args.run, indent=1) + "\n")
     remove(args.out / f"{name}.resume")
     print(f"{args.out / name}:", ", ".join(f"{n} {what}" for what, n in counts.items()))
-
-
-def fingerprint(path):
-    """A hash of a file, or of the files of a model folder; a hub id stands for itself."""
-    path, digest = Path(path), hashlib.sha256()
-    if not path.exists():
-        return str(path)
-    files = [f for f in sorted(path.iterdir()) if f.is_file()] if path.is_dir() else [path]
-    for file in files:
-        with open(file, "rb") as f:
-            digest.update(hashlib.file_digest(f, "sha256").digest())
-    return digest.hexdigest()[:16]
-
-
-def remove(path):
-    """A file, a link, or a folder with all that is in it; nothing if there is nothing."""
-    path = Path(path)
-    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
-
-
-def write_whole(path, text):
-    """Whole or not at all: written beside the target, then renamed over it."""
-    Path(f"{path}.part").write_text(text, encoding="utf-8")
-    os.replace(f"{path}.part", path)
-
-
-# ---------------------------------------------------------------- rows: one JSON object a line
-
-
-def append_jsonl(path, rows):
-    with open(path, "a", encoding="utf-8") as f:
-        f.write("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def read_jsonl(path, mend=False):
-    """Rows of a JSONL file, one by one; mend: there may be none, or a torn last line to cut."""
-    end = 0
-    if mend and not path.exists():
-        return
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            if mend and not line.endswith(b"\n"):
-                os.truncate(path, end)
-                return
-            end += len(line)
-            if not line.strip():
-                continue
-            try:
-                yield {**json.loads(line.decode())}
-            except (ValueError, TypeError, RecursionError) as e:
-                die(f"{path}:{number}: no JSON object in UTF-8 ({e}); mend or remove the line")
-
-
-def in_blocks(path, done, tasks, size, progress):
-    """(block of tasks, rows of those before it, a list for the caller to fill with rows), in turn.
-
-    They are appended to `path`, where an earlier try left the rows `done`. A block that it left
-    unfinished is made again as a whole, so that every answer has the same neighbours and rounding.
-    """
-    start = len(done) // size * size if len(done) < len(tasks) else len(tasks)
-    progress.initial = progress.n = start
-    for b in range(start, len(tasks), size):
-        rows = []
-        yield tasks[b : b + size], done[:b], rows
-        append_jsonl(path, rows[max(0, len(done) - b) :])
-        done = done[:b] + rows
-    progress.close()
 
 
 # ---------------------------------------------------------------- prompts: nowhere else
@@ -994,95 +921,6 @@ def stop_if_ungraded(verdicts, records, what, least=1):
     if n >= least and ungraded > n / 2:
         why = f"{count['error']} errors and {count['timeout']} timeouts in {n} answers"
         die(f"{what}: {why}: rewards mean nothing; see the problems' answers, then --overwrite")
-
-
-# ---------------------------------------------------------------- models
-
-
-def pick_device(name):
-    """The torch.device that --device names."""
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.empty(1, device=found if name == "auto" else name).device
-    except (RuntimeError, AssertionError) as e:
-        die(f"--device {name} cannot be used here: {str(e).splitlines()[0]}")
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-        # cuDNN's attention plans anew for each new shape, and sampling has one a token
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    return device
-
-
-def autocast(device):
-    """(context factory, dtype): bf16 on a GPU that has it, fp16 on older ones, float32 on a CPU."""
-    dtype = torch.float32
-    if device.type == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = torch.bfloat16 if has_bf16 else torch.float16
-    return lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32), dtype
-
-
-def load_tokenizer(name):
-    """A tokenizer with a chat template that works; dies where there is none."""
-    if not Path(name).exists() and (str(name).count("/") != 1 or str(name)[0] in "./~"):
-        die(f"model {name} does not exist: name a folder or a hub id (OWNER/NAME)")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        text = tokenizer.decode(prompt_ids(tokenizer, "1 + 1 = ?"))
-    except Exception as e:  # tokenizers raises bare Exceptions, templates whatever they like
-        die(f"model {name}: no tokenizer with a chat template that works: {e}")
-    if "1 + 1 = ?" not in text:
-        die(f"model {name}: its chat template leaves the problem out: {text:.200}")
-    return tokenizer
-
-
-def load_model(name, tokenizer, device, dtype=torch.float32):
-    """A causal LM in eval mode; dies where weights are missing, or would give wrong losses.
-
-    float32 weights are for training: in bf16 an update of 5e-6 rounds to nothing.
-    """
-    how = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **how)
-    except Exception as e:  # safetensors has its own, and a wrong config fails in many ways
-        die(f"model {name}: no weights could be loaded: {e}")
-    if lost := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
-        die(f"model {name}: {len(lost)} weights are missing or misshapen, {lost[0]} for one")
-    layers = DynamicCache(config=model.config).layers
-    if not all(type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in layers):
-        die(f"model {name} has layers other than attention, which sampling does not support")
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        die(f"model {name}: its tokenizer has more tokens ({len(tokenizer)}) than its weights")
-    if not set(end_ids(model)) & set(tokenizer.all_special_ids):
-        die(f"model {name}: its end tokens {end_ids(model)} are not special in its tokenizer")
-    model = model.to(device).eval()
-    ids = prompt_ids(tokenizer, "1 + 1 = ?")
-    with torch.no_grad():  # the losses go through the head; some models do more after it
-        whole = model(torch.tensor([ids], device=device)).logits[0, :-1]
-        ours = model.get_output_embeddings()(completion_hidden(model, [ids[:1]], [ids[1:]]))
-    if not (whole - ours).norm() <= 0.05 * whole.norm():  # "not": so that NaN is refused, too
-        die(f"model {name}: its logits are not finite, or not head(hidden states) alone")
-    return model
-
-
-def end_ids(model):
-    ids = model.generation_config.eos_token_id
-    return list(ids) if isinstance(ids, (list, tuple)) else [ids]
-
-
-def positions(model):
-    """How many tokens a sequence may have: beyond these a model writes noise, or fails."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-
-
-def save_model(model, tokenizer, folder):
-    """Written beside the target and renamed: `folder` is never half a model."""
-    beside = f"{folder}.part"
-    remove(beside)
-    model.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
-    remove(folder)
-    os.replace(beside, folder)
 
 
 # ---------------------------------------------------------------- training

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import common
+from data.files import die, read_jsonl
 
 BOX = "\n\nPut your final answer within \\boxed{}."
 FIELDS = "id", "kind", "problem", "answer", "tests", "tolerance", "language"
@@ -25,8 +26,8 @@ def load_problems(source, split="train", limit=None, allow_code=False, seed=0):
     path = Path(source, f"{split}.jsonl") if Path(source).is_dir() else Path(source)
     from_file, problems, left_out = path.is_file(), {}, Counter()
     if not from_file and (path.suffix == ".jsonl" or path.exists()):
-        common.die(f"--data: {path} does not exist; name a JSONL file, a folder, or a hub id")
-    rows = common.read_jsonl(path) if from_file else hub_rows(source, split, seed)
+        die(f"--data: {path} does not exist; name a JSONL file, a folder, or a hub id")
+    rows = read_jsonl(path) if from_file else hub_rows(source, split, seed)
     for number, row in enumerate(rows, 1):
         row.setdefault("id", f"{split}-{number - 1:06d}")
         row.setdefault("kind", "code" if "tests" in row else "math")
@@ -36,7 +37,7 @@ def load_problems(source, split="train", limit=None, allow_code=False, seed=0):
         if not why:
             problems[row["id"]] = {field: row[field] for field in FIELDS if field in row}
         elif from_file and why != NO_COMPILER:
-            common.die(f"{path}:{number}: a row {why}")
+            die(f"{path}:{number}: a row {why}")
         else:
             left_out[why] += 1
         if len(problems) == limit:
@@ -44,7 +45,7 @@ def load_problems(source, split="train", limit=None, allow_code=False, seed=0):
     for why, n in left_out.items():
         print(f"{source}: left out {n} rows, each {why}")
     if not problems:
-        common.die(f"--data: {path} has no row that can be graded")
+        die(f"--data: {path} has no row that can be graded")
     common.check_code(problems.values(), allow_code)
     return list(problems.values())
 
@@ -153,17 +154,15 @@ def hub_rows(source, split, seed):
         name = source.partition(":")[0] if source in KNOWN else source
         rows = load_dataset(name, configuration, split=split).shuffle(seed=seed)
     except Exception as e:  # datasets has many of its own
-        common.die(
-            f"--data {source} is no local file, and no split {split!r} of it on the hub: {e}"
-        )
+        die(f"--data {source} is no local file, and no split {split!r} of it on the hub: {e}")
     columns = set(rows.column_names)
     if problem_of is dict and not ("problem" in columns and columns & {"answer", "tests"}):
-        common.die(f"--data {source} has the columns {sorted(columns)}: see KNOWN in {__file__}")
+        die(f"--data {source} has the columns {sorted(columns)}: see KNOWN in {__file__}")
     for raw in rows:
         try:
             row = problem_of(raw)
         except KeyError as e:
-            common.die(f"--data {source} has no column {e}: see KNOWN in {__file__}")
+            die(f"--data {source} has no column {e}: see KNOWN in {__file__}")
         except (TypeError, AttributeError, ValueError):  # None where something should be
             row = {}
         # ids must not depend on the order, which the seed shuffles

@@ -1,0 +1,84 @@
+"""Files: rows of JSON, writing whole or not at all, hashes; and how a user is told of a mistake."""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+def warn(message):
+    tqdm.write(f"warning: {message}", file=sys.stderr)  # not into a progress bar
+
+
+def die(message):
+    """A user's mistake: one line on stderr (what, where, how to mend), exit code 2."""
+    tqdm.write(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def append_jsonl(path, rows):
+    with open(path, "a", encoding="utf-8") as f:
+        f.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_jsonl(path, mend=False):
+    """Rows of a JSONL file, one by one; mend: there may be none, or a torn last line to cut."""
+    end = 0
+    if mend and not path.exists():
+        return
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            if mend and not line.endswith(b"\n"):
+                os.truncate(path, end)
+                return
+            end += len(line)
+            if not line.strip():
+                continue
+            try:
+                yield {**json.loads(line.decode())}
+            except (ValueError, TypeError, RecursionError) as e:
+                die(f"{path}:{number}: no JSON object in UTF-8 ({e}); mend or remove the line")
+
+
+def in_blocks(path, done, tasks, size, progress):
+    """(block of tasks, rows of those before it, a list for the caller to fill with rows), in turn.
+
+    They are appended to `path`, where an earlier try left the rows `done`. A block that it left
+    unfinished is made again as a whole, so that every answer has the same neighbours and rounding.
+    """
+    start = len(done) // size * size if len(done) < len(tasks) else len(tasks)
+    progress.initial = progress.n = start
+    for b in range(start, len(tasks), size):
+        rows = []
+        yield tasks[b : b + size], done[:b], rows
+        append_jsonl(path, rows[max(0, len(done) - b) :])
+        done = done[:b] + rows
+    progress.close()
+
+
+def write_whole(path, text):
+    """Whole or not at all: written beside the target, then renamed over it."""
+    Path(f"{path}.part").write_text(text, encoding="utf-8")
+    os.replace(f"{path}.part", path)
+
+
+def remove(path):
+    """A file, a link, or a folder with all that is in it; nothing if there is nothing."""
+    path = Path(path)
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+def fingerprint(path):
+    """A hash of a file, or of the files of a model folder; a hub id stands for itself."""
+    path, digest = Path(path), hashlib.sha256()
+    if not path.exists():
+        return str(path)
+    files = [f for f in sorted(path.iterdir()) if f.is_file()] if path.is_dir() else [path]
+    for file in files:
+        with open(file, "rb") as f:
+            digest.update(hashlib.file_digest(f, "sha256").digest())
+    return digest.hexdigest()[:16]

@@ -1,8 +1,7 @@
 """What two or more stages must share exactly: runs, prompts, graders, training, sampling.
 
 Letters for shapes: B rows, T positions, V vocabulary, H hidden size, N answer tokens of a batch
-laid end to end. A run is a folder: what the stages made, and run.json, which says how. How files,
-models and problems are read and written is in data/.
+laid end to end. Files, models and problems are read and written by data/*.py.
 """
 
 import argparse
@@ -55,27 +54,34 @@ P_R = {  # the control phrase by reward: --p-r-right, --p-r-wrong â†’ args.p_r â
 
 # ---------------------------------------------------------------- errors
 
-
 FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 REFUSED = errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST
 
 
 def run_stage(main):
     """A script's entry: Ctrl-C and what a machine lacks are one line, all else is a traceback."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     go_on = f"the same command goes on where it stopped: python {shlex.join(sys.argv)}"
+    interrupted = []  # a library may turn the exception into one of its own
+
+    def interrupt(*_):
+        interrupted.append(True)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         main()
-    except KeyboardInterrupt:
-        _graders.shutdown(wait=False, cancel_futures=True)
-        print(f"\ninterrupted; {go_on}", file=sys.stderr)
-        sys.exit(130)
-    except torch.OutOfMemoryError:
-        die("the GPU is full; try a lower --batch-rows, --micro-tokens, --gradient-checkpointing")
-    except Exception as e:
-        if error_number(e) in FULL:
+    except BaseException as e:
+        number = isinstance(e, Exception) and error_number(e)
+        if interrupted or isinstance(e, KeyboardInterrupt):
+            _graders.shutdown(wait=False, cancel_futures=True)
+            print(f"\ninterrupted; {go_on}", file=sys.stderr)
+            sys.exit(130)
+        if isinstance(e, torch.OutOfMemoryError):
+            die("the GPU is full; lower --batch-rows, --micro-tokens, or --gradient-checkpointing")
+        if number in FULL:
             die(f"the disk is full ({e}); make room, and {go_on}")
-        if error_number(e) in REFUSED:
+        if number in REFUSED:
             die(f"cannot be written: {e}; choose another --out")
         raise
 
@@ -187,14 +193,11 @@ def read_run(folder):
 
 
 def open_run(args):
-    """The run of --out, or a new one: a variant of --from, or as 01's arguments say.
-
-    What it settles becomes arguments. No other process can work in it until this one ends.
-    """
+    """The run of --out, or a new one: of --from, or of 01's arguments. It settles arguments."""
     args.out.mkdir(parents=True, exist_ok=True)
     args.lock = FileLock(args.out / ".lock", is_singleton=True)
     try:
-        args.lock.acquire(timeout=0)
+        args.lock.acquire(timeout=0)  # until this process ends
     except Timeout:
         die(f"{args.out} is in use by another process; wait for it, or choose another --out")
     run = read_run(args.out)
@@ -266,9 +269,8 @@ def already_made(args, name, decides, problems=None, grows=False):
         now["problems"] = hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:16]
     was = made.get(name, {}).get("arguments", {})
     keys = was.keys() & now.keys() if grows or not was else was.keys() | now.keys()
-    differs = [
-        f"{k}: {was.get(k)!r} there, {now.get(k)!r} now" for k in keys if was.get(k) != now.get(k)
-    ]
+    keys = [k for k in keys if was.get(k) != now.get(k)]
+    differs = [f"{k}: {was.get(k)!r} there, {now.get(k)!r} now" for k in keys]
     if path.exists() and name not in made:
         differs = ["it, or what it was made from, is of an earlier try"]
     if differs and not args.overwrite and not path.is_symlink():

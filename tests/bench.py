@@ -9,7 +9,6 @@ Times are medians, with the range. Memory is the peak over what was held before:
 (Linux), or of the GPU's allocator. Without TRL (pip install trl==1.13.0) the rest is measured.
 
     python tests/bench.py                # all: half an hour on 2 cores
-    python tests/bench.py sampling kl    # only these; the other parts stay as they were
 """
 
 import argparse

@@ -9,7 +9,6 @@ between two methods, written in CLAIMS before the runs. It is *shown* if the 95%
 (t) of the difference, paired by seed, lies on the claimed side of 0, *opposite* if on the other.
 
     python tests/claims.py --seeds 3                     # goes on where it stopped: many hours
-    python tests/claims.py --seeds 1 --methods rft grpo
     python tests/claims.py --check                       # do tables and figures hold what is filed?
 """
 

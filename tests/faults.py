@@ -4,7 +4,6 @@ A fault is lost if the same command, given again, ends with other bytes than und
 is a traceback or a hang; if a mistake is not one line and exit code 2, or changes what was made.
 
     python tests/faults.py            # 20 minutes on 2 cores: data/faults.json and its table
-    python tests/faults.py --quick    # a few of each, written nowhere
 """
 
 import argparse

@@ -50,9 +50,7 @@ def main():
         ("README.md, lines", len(readme), 220),
         ("README.md, columns", max(map(len, readme)), 100),
     ]
-    for what, n, most in rows:
-        print(f"{what:35} {n:6} of at most {most}")
+    print("\n".join(f"{what:35} {n:6} of at most {most}" for what, n, most in rows))
 
 
-if __name__ == "__main__":
-    main()
+main()

@@ -62,7 +62,6 @@ WRONG = "reverse: 21753\nswap the ends: 31752\n\\boxed{31752}"
         ("reverse: 21573\nswap the ends: 31572\n\\boxed{31572}", None),
         (WRONG, "753"),
         ("reverse: 21573\nswap the ends: 31572\n\\boxed{31527}", "27}"),
-        ("reverse: 2157\nswap the ends: 7152\n\\boxed{7152}", ""),  # too short: the line's end
         (f"{WRONG}\n\n{common.P_R[0]}\n\nreverse: 21573\nswap the ends: 31527", "27"),
         ("Take 37521 and reverse, which gives 12573.", None),  # miscopied
         ("swap the ends: 27513\nreverse: 31572\n\\boxed{31572}", None),  # in another order
@@ -140,7 +139,6 @@ def test_judgements_and_pass_at_k_by_hand():
     row = {"kind": "math", "answer": "1"}
     twice = f"\\boxed{{2}}\n\n{wait}\n\n\\boxed{{1}}\n\n{wait}\n\n\\boxed{{3}}"
     rows = [{**row, "response": twice}, {**row, "response": f"{fine} \\boxed{{2}} {fine} 4"}]
-    # (0, 0): "wrong" of {2}; (0, 1): of {1}; (1, 0): "right" of {2}; the first judges no attempt
     assert analyses.judgements(rows, common.P_R) == [(0, 0), (0, 1), (1, 0)]
 
 

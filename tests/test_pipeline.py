@@ -219,7 +219,14 @@ def test_what_a_machine_lacks_is_one_line_and_a_mistake_of_ours_is_not(monkeypat
     monkeypatch.setattr(common, "_graders", Mock())
     of_torch, of_safetensors = RuntimeError("enforce fail"), Exception("I/O error (os error 28)")
     of_torch.__context__ = OSError(errno.EDQUOT, "full")
+
+    def swallowed():  # as a library does while it imports another
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        common.die("no weights could be loaded")
+
     for happens, code, says in (
+        (swallowed, 130, "goes on where it stopped"),
         (partial(signal.raise_signal, signal.SIGTERM), 130, "goes on where it stopped"),
         (OSError(errno.ENOSPC, "full"), 2, "the disk is full"),
         (of_torch, 2, "the disk is full"),

@@ -42,6 +42,8 @@ def collect(path, answers, model, tokenizer, args):
     for row in answers:
         n = args.revisions_right if row["reward"] else args.revisions_wrong
         tasks += [(row, k) for k in range(n if row["finished"] else 0)]
+    if not tasks:
+        die("no answer to revise: all were cut (01 --max-new-tokens), or --revisions-* is 0")
     progress = tqdm(total=len(tasks), desc="revise", unit="revision")
     done = list(read_jsonl(path, mend=True))
     for block, before, rows in in_blocks(path, done, tasks, 4 * args.batch_rows, progress):

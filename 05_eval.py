@@ -18,7 +18,7 @@ their own answers once (generate-then-revise).
     phrases          control phrases in an answer, said unasked
 
     python 05_eval.py
-    python 05_eval.py --checkpoints sd_zero sd_zero.best --n 8
+    python 05_eval.py --from runs/demo --out runs/eight --checkpoints sd_zero --n 8
 """
 
 import html
@@ -156,12 +156,14 @@ def summarise(name, rows, p_r):
     for row in rows:
         (greedy if row["greedy"] else sampled).setdefault(row["id"], []).append(row)
     sampled, n = list(sampled.values()), len(next(iter(sampled.values())))
-    once = [[{"pass": any(r["reward"] for r in of), "majority": majority(of)}] for of in sampled]
-    math_only = all(row["kind"] == "math" for row in rows)
+    math_only, once = all(row["kind"] == "math" for row in rows), []
+    for of in sampled:
+        vote = majority(of) if math_only else None
+        once.append([{"pass": any(row["reward"] for row in of), "majority": vote}])
     rates = {
         "accuracy": rate(sampled, lambda r: r["reward"]),
         "pass_at_k": rate(once, lambda r: r["pass"]),
-        "maj_at_n": rate(once, lambda r: r["majority"] if math_only else None),
+        "maj_at_n": rate(once, lambda r: r["majority"]),
         "greedy": rate(list(greedy.values()), lambda r: r["reward"]),
         "mean_tokens": rate(sampled, lambda r: len(r["response_ids"])),
         "finished": rate(sampled, lambda r: r["finished"]),
@@ -239,7 +241,9 @@ def write_page(rows, tokenizer, path):
 
 def main(argv=None):
     p = arguments("05", __doc__)
-    p.add_argument("--test-data", help="test problems, like 01's --data; none: the run's own data")
+    p.add_argument(
+        "--test-data", help="problems, like 01's --data; none: the run's own, or MATH-500"
+    )
     p.add_argument("--split", default="test", help="split of the test data")
     p.add_argument("--limit", type=int, help="answer the first so many problems")
     names = ["base", "srt", "sd_zero", "sd_zero.best"]
@@ -254,11 +258,16 @@ def main(argv=None):
     began, path, made = time.time(), args.out / "eval.jsonl", args.run["made"]
     there = [name for name in ("base", "srt", "sd_zero") if "counts" in made.get(name, {})]
     folders = {name: find(args, name) for name in args.checkpoints or there}
+    if args.data == "open-r1/OpenR1-Math-220k":  # which has no test split
+        args.test_data = args.test_data or "HuggingFaceH4/MATH-500"
     data = args.test_data or args.data
+    learned = [
+        made[name]["arguments"]["split"] for name in ("responses.jsonl", "sd_zero") if name in made
+    ]
     problems = load_problems(data, args.split, args.limit, args.allow_code, args.seed)
     used = {row["problem"] for row in read_jsonl(find(args, "responses.jsonl"))}
-    if any(x["problem"] in used for x in problems):
-        die(f"--split {args.split} of {data} holds problems of phase 1; evaluate on others")
+    if any(x["problem"] in used for x in problems) or data == args.data and args.split in learned:
+        die(f"--split {args.split} of {data} holds problems of training; evaluate on others")
     device = pick_device(args.device)
     for folder in folders.values():
         load_tokenizer(folder)

@@ -38,7 +38,6 @@ from filelock import FileLock, Timeout
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-# the stages have these from here, too
 from data.files import append_jsonl, die, fingerprint, in_blocks, read_jsonl  # noqa: F401
 from data.files import remove, warn, write_whole
 from data.models import autocast, end_ids, load_model, load_tokenizer  # noqa: F401
@@ -113,7 +112,6 @@ DEFAULTS = {  # stage and flag: (with an embedded model, with any other: the pap
     "04 --batch-size": (64, 128),
     "04 --max-new-tokens": (320, 8_192),
     "04 --batch-rows": (384, 8),
-    "05 --test-data": (None, "HuggingFaceH4/MATH-500"),
     "05 --limit": (400, 500),
     "05 --n": (4, 8),
     "05 --max-new-tokens": (320, 32_768),
@@ -206,7 +204,7 @@ def open_run(args):
     elif not run and args.stage == "01":
         run = new_run(args)
     elif not run:
-        die(f"{args.out} is no run yet; run first: python 01_generate.py --out {args.out}")
+        die(f"{args.out} is no run yet; run 01_generate.py first, or give --from for a variant")
     if args.other and str(args.other) != run["from"]:
         die(f"{args.out} is not a variant of {args.other}; choose another --out")
     for name, settled in run["settings"].items():
@@ -240,7 +238,7 @@ def variant_of(args):
     for link in (args.out / name for name in made if name != "base"):
         if link.is_symlink():  # of an earlier try
             remove(link)
-        link.symlink_to(os.path.relpath(args.other / link.name, args.out))
+        link.symlink_to(os.path.relpath(args.other.resolve() / link.name, args.out.resolve()))
     return {**run, "from": str(args.other), "made": made}
 
 
@@ -248,8 +246,9 @@ def find(args, name):
     """The path of what an earlier stage made; dies unless it is there, complete and unchanged."""
     path = Path(args.model) if name == "base" else args.out / name
     entry, again = args.run["made"].get(name, {}), f"python {MADE_BY[name]} --out {args.out}"
+    again += f" --from {args.other}" if args.other else ""
     if "counts" not in entry:
-        die(f"{path} is not there, not complete, or of an earlier try; run first: {again}")
+        die(f"{path} is not made yet, or only in part; run first: {again}")
     if fingerprint(path) != entry["id"]:
         mend = "begin another run" if name == "base" else f"make it again: {again} --overwrite"
         die(f"{path} is gone or was changed since {MADE_BY[name]} noted it; {mend}")
@@ -274,19 +273,21 @@ def already_made(args, name, decides, problems=None, grows=False):
     if path.exists() and name not in made:
         differs = ["it, or what it was made from, is of an earlier try"]
     if differs and not args.overwrite and not path.is_symlink():
-        die(f"{path} was made otherwise ({min(differs)}); choose another --out, or --overwrite")
+        other = "--out" if args.stage == "01" else f"--out with --from {args.out}"
+        die(f"{path} was made otherwise ({min(differs)}); choose another {other}, or --overwrite")
     complete = "counts" in made.get(name, {}) and path.exists() and now.keys() <= was.keys()
-    redo = args.overwrite and (name != "revisions.jsonl" or "counts" in made.get("srt", {}))
-    if complete and not differs and not redo:  # a half-made 03 goes on, --overwrite or not
+    redo = args.overwrite and name != "revisions.jsonl"  # they did not change: training did
+    if complete and not differs and not redo:
         print(f"{path} is there already")
         remove(f"{path}.resume")
         return True
     if differs or complete or path.is_symlink():  # a variant's own will be another one
         was = {}
-        for suffix in ("", ".resume", ".best"):
-            remove(f"{path}{suffix}")
         for later in list(MADE_BY)[list(MADE_BY).index(name) :]:  # they were made from it
             made.pop(later, None)
+        write_whole(args.out / "run.json", json.dumps(args.run, indent=1) + "\n")
+        for suffix in ("", ".resume", ".best"):
+            remove(f"{path}{suffix}")
     git = "git describe --always --dirty"  # in a shell: there may be no git
     commit = subprocess.run(git, shell=True, cwd=HERE, capture_output=True, text=True).stdout
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
@@ -922,7 +923,8 @@ def stop_if_ungraded(verdicts, records, what, least=1):
     ungraded = count["error"] + (0 if any_code else count["timeout"])
     if n >= least and ungraded > n / 2:
         why = f"{count['error']} errors and {count['timeout']} timeouts in {n} answers"
-        die(f"{what}: {why}: rewards mean nothing; see the problems' answers, then --overwrite")
+        mend = "mend the problems' answers or verify(), and remove a file that holds such verdicts"
+        die(f"{what}: {why}: rewards mean nothing; {mend}")
 
 
 # ---------------------------------------------------------------- training
@@ -1016,6 +1018,8 @@ def load_state(folder, log, **parts):
         for name, part in parts.items():
             part.load_state_dict(state[name])
     rows = list(read_jsonl(log, mend=True))[:step] if step else []
+    if len(rows) < step:
+        die(f"{log} has {len(rows)} of {step} steps: remove {path}, and the training starts again")
     write_whole(log, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 

@@ -252,7 +252,7 @@ def test_rewards_that_are_mostly_errors_end_a_stage(lab, stages, monkeypatch):
     lab.part_of_mini(*ALL[:1])
     monkeypatch.setattr(stages[2], "verify_all", lambda rows, _: [(0, "error", "1")] * len(rows))
     assert "rewards mean nothing" in lab.refused(2)
-    assert "not complete" in lab.refused(3)
+    assert "only in part" in lab.refused(3)
 
 
 def test_another_model_brings_the_papers_numbers(tmp_path):
@@ -290,7 +290,7 @@ def test_other_arguments_are_refused_and_nothing_is_lost(lab, mini):
         (1, ["--seed", 1], "--seed"),
         (3, ["--p-r-wrong", "No."], "--p-r-wrong"),
         (5, ["--model", "other"], "--model"),
-        (5, ["--test-data", ROOT / "data/train.jsonl"], "problems of phase 1"),
+        (5, ["--test-data", ROOT / "data/train.jsonl"], "problems of training"),
     ):
         assert says in lab.refused(stage, *flags, out=mini), flags
         assert contents(mini) == before
@@ -368,7 +368,7 @@ def test_a_checkpoint_more_only_adds_rows_and_best_goes_with_its_model(lab, tmp_
     assert "is there already" in capsys.readouterr().out
     lab.run(4, "--lr", 1e-3, "--overwrite")
     assert not torch.equal(weights(tmp_path / "sd_zero"), old)
-    assert "sd_zero.best is not there" in lab.refused(5, "--checkpoints", "sd_zero.best")
+    assert "sd_zero.best is not made" in lab.refused(5, "--checkpoints", "sd_zero.best")
 
 
 A = '{"id": "a", "problem": "x", "answer": "1"}'

@@ -3,9 +3,9 @@
     r = 1[answer(y_init) = a]
 
 responses.jsonl → verified.jsonl: every row again, with {reward, verdict, extracted}. The answer is
-what stands in the last \\boxed{}; math-verify decides whether it equals the reference. `verdict`
-tells the ways to fail apart: wrong, no_answer, timeout, error. Needs no model and no GPU. The same
-verifier grades revisions, distillation and evaluation.
+what stands in the last \\boxed{}; math-verify decides whether it equals the reference. Programs are
+run on their tests. `verdict` tells the ways to fail apart: wrong, no_answer, timeout, output_limit,
+error. Needs no model and no GPU. The same verifier grades revisions, distillation and evaluation.
 
     python 02_verify.py
 """

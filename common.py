@@ -8,26 +8,19 @@ import argparse
 import atexit
 import errno
 import hashlib
-import itertools
 import json
 import math
 import os
 import re
-import select
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-import textwrap
 import threading
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from decimal import Decimal
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +28,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from filelock import FileLock, Timeout
+from markdown_it import MarkdownIt
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
@@ -42,7 +36,8 @@ from data.files import append_jsonl, die, fingerprint, in_blocks, read_jsonl  # 
 from data.files import remove, warn, write_whole
 from data.models import autocast, end_ids, load_model, load_tokenizer  # noqa: F401
 from data.models import pick_device, positions, save_model  # noqa: F401
-from data.problems import load_problems  # noqa: F401
+from data.problems import load_problems, stop_if_ungraded  # noqa: F401
+from data.sandbox import PYTHON, check_code, run_inside  # noqa: F401
 
 HERE = Path(__file__).resolve().parent
 P_R = {  # the control phrase by reward: --p-r-right, --p-r-wrong → args.p_r → revision_ids()
@@ -139,7 +134,8 @@ def arguments(stage, doc):
     g.add_argument("--from", dest="other", type=Path, help="a run to be a variant of")
     g.add_argument("--overwrite", action="store_true", help="make again what this stage has made")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    g.add_argument("--allow-code", action="store_true", help="run what the model writes")
+    code = {"nargs": "?", "const": "bubblewrap", "choices": ["bubblewrap", "limits"]}
+    g.add_argument("--allow-code", **code, help="run what the model writes, in a sandbox")
     return p
 
 
@@ -338,6 +334,37 @@ def revision_ids(tokenizer, problem, response_ids, reward, p_r=P_R):
 
 # ---------------------------------------------------------------- grading: mathematics
 
+TEXT, GAP = r"\\(?:text\w*|mathrm|mbox)\s*\{", r"(?:\\[,;:! ]|\s)*+"
+RULES = [  # (what math-verify would misread, what is put in its place)
+    (r"\\\$|\$|\"|\\approx|\.$", ""),  # \$840, "$840.00", \approx 29, 47.
+    (r"~", r"\\ "),  # 6.5~\text{m/s}
+    (r"!=", r"\\neq "),  # x != 9
+    (r"(?<=\d)(?:\\[,;:! ]|\{,\}| )(?=\d{3}(?!\d))", ""),  # 52\,416, 52{,}416, 52 416
+    (r"(?<=\d)[eE]([-+]?\d+)", r"\\times 10^{\1}"),  # 2.7e8
+    (r"(?<![\d.])(\d+) +(\d+)/(\d+)", r"(\1+\\frac{\2}{\3})"),  # 4 1/2
+    (r"(?<![_^\d.\\a-zA-Z])(\d+)\(", r"\1\\cdot("),  # 410-5(8), which it reads as 410-5+8
+    (r"(?<=\d)i\b", " i"),  # 1+5-3i+2i
+    (r"[a-zA-Z]\s*=\s*(?=\\pm)", ""),  # x = \pm 4, x = \pm 2
+    (rf"(?:{TEXT}\s*)?\bpercent\b\s*\}}?|\\?%", r"\\%"),  # 8.4\text{ percent}
+    (r"\\degree|°|\^\s*\{?\s*\\circ\s*\}?", r"^\\circ"),  # 73\degree, 73°
+    (r"(\\(?:sin|cos|tan)\s*[{(]?)([\d.]+)\^\\circ", r"\1(\\frac{\2\\pi}{180})"),  # \sin 60^\circ
+    (r"\^\\circ", ""),  # degrees elsewhere are a unit
+    (rf"^{TEXT}([^{{}}]*)\}}$", r"\1"),  # \text{odd}
+]
+COUNT = "dozen|hundred|thousand|million|billion"  # numbers, and no units
+UNIT = r"[a-zA-Z]{3,}+|(?:[ckm]m|[km]g|m[lL]|ft|in)(?![a-zA-Z])"
+WORD = rf"(?:{TEXT}[^{{}}]*\}}|{UNIT}|[mg](?![a-zA-Z]))(?:\^\{{?-?\d\}}?)?"
+UNITS = rf"(?<=[\d)}}%]){GAP}(?:{WORD}{GAP}(?:/{GAP})?)+$"  # 5 cm^2, 7 km per hour
+NO_VARIABLES = rf"{TEXT}[^{{}}]*\}}|\\[a-zA-Z]+"
+NUMBER = r"(?a)[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
+PAIR = r"(\\left)?[(\[][^()\[\]]*,[^()\[\]]*[)\]]"
+UNLIKE = [  # where both say one of these, they must say the same
+    rf"\d{GAP}(?:{TEXT})?\s*([ap])\.?\s?m\b",  # 11 a.m., 11 p.m.
+    r"\d_\{?(\d+)",  # 52_8, 52_7
+    r"(?:^|,)\s*([^,()\[\]]+?)\s*(?=,(?:.*,)?\s*\1\s*(?:,|$))",  # 7,7,2 and 7,2,2 are one set
+]
+_thread = threading.local()  # .grader: the thread's own process
+
 
 def last_boxed(text):
     r"""The content of the last \boxed{...} that is closed, nested braces and all; or None."""
@@ -353,578 +380,168 @@ def last_boxed(text):
     return text[slice(*last)].strip() if last else None
 
 
-WORDS = r"\\(?:text|textrm|mbox|mathrm)\s*\{"
-NO_VARIABLES = WORDS + r"[^{}]*\}|\\[a-zA-Z]+"
-NAMES = "hour|minute|second|day|year|degree|dollar|cent|met(er|re)|mile|unit"
-UNITS = rf"\b([cmk]m|[km]g|m[lL]|({NAMES})s?|inch(es)?|feet)\b"
-
-
 def tidied(answer):
-    r"""LaTeX that math-verify would misread: commas, units, \degree, 0.\overline{3}, dollars."""
-    answer = re.sub(r"^\$|(?<!\\)\$$", "", answer.strip()).removesuffix(".")
-    if word := re.fullmatch(r"\\(?:text\w*|mbox|mathrm)\s*\{([^{}]*)\}", answer):
-        answer = word[1]
-    answer = re.sub(r"(?<=\d)(\\[,! ;:]|\{,\}|~|\\ | )(?=\d{3}(?!\d))", "", answer)
-    no_unit = "or|and|percent|pct|ln|log|lg|sin|cos|tan|cot|cis|mod|remainder"
-    unit = WORDS + rf"(?!\s*({no_unit})\b)[a-zA-Z. ]{{2,}}\}}"
-    # 2 hours 30 minutes is neither 230 nor 32
-    answer = re.sub(rf"(?<=\d)\s*{unit}\s*(?=\d)", ", ", answer)
-    answer = re.sub(rf"(?<=[\d)}}])\s*({unit}|{UNITS}$)(\s*\^\{{?\d\}}?)?", "", answer)
-    answer = re.sub(
-        r"(\d+)\.(\d*)\\overline\s*\{(\d+)\}",
-        lambda m: (
-            rf"\frac{{{int(m[1] + m[2] + m[3]) - int(m[1] + m[2])}}}"
-            f"{{{'9' * len(m[3]) + '0' * len(m[2])}}}"
-        ),
-        answer,
-    )
-    return re.sub(r"(\^\s*)?\\degree\b|°", r"^{\\circ}", answer).strip()
+    for pattern, instead in RULES:
+        answer = re.sub(pattern, instead, answer.strip())
+    return answer.strip()
 
 
-def letters(text):
-    """Without words and commands: what is left are variables."""
-    return re.sub(NO_VARIABLES, "", text)
+def same_answer(reference, answer):
+    r"""correct, wrong, timeout or error (no reference that can be read), as math-verify says.
 
-
-def told_apart(texts):
-    """A free letter for the capital of one in both cases, R and r: math-verify would mix them."""
-    used = set(letters("".join(texts)))
-    free = (c for c in "qkwvujgpyzthblmnoasrcfx" if c not in used)
-    new = {c: next(free, c) for c in sorted(used) if c.isupper() and c.lower() in used}
-    return [
-        re.sub(NO_VARIABLES + "|([A-Z])", lambda m: new.get(m[1], m[0]), text) for text in texts
-    ]
-
-
-def depths(text):
-    """How many brackets are open after each character."""
-    return list(itertools.accumulate((c in "({[") - (c in ")}]") for c in text))
-
-
-def split(text, separator):
-    """Where it stands outside of brackets: P(X=2) is one part."""
-    cuts = [
-        i for i, (c, depth) in enumerate(zip(text, depths(text))) if c == separator and not depth
-    ]
-    return [text[a + 1 : b] for a, b in zip([-1, *cuts], [*cuts, len(text)])]
-
-
-def sides(answer, reference):
-    r"""What must equal the reference: of "m + n = 41" the 41; of "6 = 5" both; [] if nothing can.
-
-    An answer that names alternatives is none, unless the reference names some: \boxed{1 or 2} is
-    not a way to be right twice.
+    Policy: 52_8 is not 52_7. A decimal equals a fraction exactly, or, where the reference is a
+    decimal, to six places. A percent sign may be missing on one side. Units count only where the
+    reference has variables; "million" is a number. What is not worked out counts as its value.
     """
-    either, of = (
-        r"\bor\b|\\(lor|vee)\b",
-        r"\\[dt]?frac|\\(sqrt|cdot|times|left|right|pi|circ|binom)\b",
-    )
-    if re.search(either, answer) and not re.search(either + "|,|pm", reference):
-        return []
-
-    def kind(text):
-        bracket = re.match(r"(\\left)?(\\\{|[(\[]|)", text)[2].replace("[", "(")
-        return bracket if text.count("(") < 2 else ""
-
-    if "" != kind(answer) != kind(reference) != "" and not re.search(
-        r"\\\{.*(\(|\||\\mid|:)", answer if r"\{" in answer else reference
-    ):
-        return []  # a set is no pair
-    if re.search(either + r"|\band\b|[<>,]|\\([lg]eq?|neq?|in)\b", answer) or "=" in reference:
-        return [answer]
-    parts = split(answer, "=")
-    if re.fullmatch(r"\s*[a-zA-Z]\s*", parts[-1]) and len(parts) > 1:
-        parts.pop()  # 5 = x
-    return [
-        part for part in parts[:-1] if not re.search(r"[a-zA-Z\\]", re.sub(of, "", part))
-    ] + parts[-1:]
-
-
-def components(text):
-    """["(", the parts, ")"] of a pair, tuple or interval; [] of anything else."""
-    text = re.sub(r"\\(left|right)\s*(?=[][()])", "", text)
-    if (
-        text[:1] not in ("(", "[") or depths(text)[-1] or 0 in depths(text)[:-1]
-    ):  # its first bracket must go around it all
-        return []
-    parts = split(text[1:-1], ",")
-    return [text[0], *parts, text[-1]] if len(parts) > 1 else []
-
-
-GRADER = """  # a process of its own, for sympy can hang on one answer and eat all memory on another
-import ctypes, json, logging, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, 9, 0, 0, 0)      # dies with the stage, however that dies
-try:
-    import resource
-    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-except (ImportError, ValueError):
-    pass
-from functools import lru_cache
-from latex2sympy2_extended import NormalizationConfig
-from math_verify import LatexExtractionConfig, parse, verify
-logging.disable(logging.CRITICAL)
-
-@lru_cache(1000)
-def boxed(text, units):
-    normal = NormalizationConfig(units=units, malformed_operators=True, nits=True)
-    configs = [LatexExtractionConfig(normalization_config=normal)]
-    how = {"fallback_mode": "no_fallback", "parsing_timeout": None}  # else any number in it counts
-    return parse("\\\\boxed{" + text + "}", configs, **how)
-
-print(flush=True)
-for line in sys.stdin:
-    reference, answers, units = json.loads(line)
-    gold, how = boxed(reference, units), {"timeout_seconds": None, "allow_set_relation_comp": True}
-    same = lambda a: verify(gold, boxed(a, units), **how)
-    print("error" if not gold else "correct" if all(map(same, answers)) else "wrong", flush=True)
-"""
-NUMBER = re.compile(r"\s*[-+]?\d{1,300}(\.\d{1,300})?\s*")
-_thread = threading.local()  # .grader: the thread's own process
-_graders = ThreadPoolExecutor(
-    len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-)
-
-
-def start_grader():
-    pipe = subprocess.PIPE
-    grader = subprocess.Popen(
-        [sys.executable, "-c", GRADER],
-        stdin=pipe,
-        stdout=pipe,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )  # Ctrl-C is for the stage
-    atexit.register(grader.kill)
-    grader.stdout.readline()  # it has imported sympy
-    return grader
-
-
-def same_answer(reference, answer, seconds=5.0):
-    """correct, wrong, timeout or error: math-verify in a process that is killed after `seconds`."""
-    if len(answer) > 1000:
+    a, b = tidied(reference), tidied(answer[:1000])
+    said = [(re.findall(pattern, a), re.findall(pattern, b)) for pattern in UNLIKE]
+    if len(answer) > 1000 or any(x and y and x != y for x, y in said):
         return "wrong"
-    reference, answer = tidied(reference), tidied(answer)
-    if reference == answer != "" or not (answers := sides(answer, reference)):
-        return "correct" if reference == answer else "wrong"
-    ours, theirs = components(reference), components(answer)
-    if (
-        ours and theirs
-    ):  # part by part: math-verify takes ten times as long for a pair as for two numbers
-        same = len(ours) == len(theirs) and ours[0] == theirs[0] and ours[-1] == theirs[-1]
-        verdicts = (
-            [same_answer(a, b, seconds) for a, b in zip(ours[1:-1], theirs[1:-1])]
-            if same
-            else ["wrong"]
-        )
-        return next((verdict for verdict in verdicts if verdict != "correct"), "correct")
-    if re.fullmatch("[a-zA-Z ]{2,}", reference) and reference.lower() == answer.lower():  # Yes
+    bare = re.sub(rf"{NO_VARIABLES}|(?<= )(?:{UNIT})", "", a)  # "6 weeks" has no variable, "6m" has
+    if units := not re.search("[a-zA-Z]", bare) and not re.search(COUNT, a + b):
+        a, b = re.sub(UNITS, "", a), re.sub(UNITS, "", b)
+    same_word = re.fullmatch("[a-zA-Z ]{2,}", a) and a.lower() == b.lower()  # Yes, yes
+    if a.strip("()") == b.strip("()") != "" or same_word:
         return "correct"
-    if all(
-        map(NUMBER.fullmatch, (reference, *answers))
-    ):  # numbers need no algebra; math-verify rounds small ones
-        return (
-            "correct" if all(Decimal(reference) == Decimal(text) for text in answers) else "wrong"
+    one_pair = bool(re.fullmatch(PAIR, a)) != bool(re.fullmatch(PAIR, b))  # 8,3 or \{8,3\}, (3,8)
+    if one_pair and "," in a and "," in b and not re.search("[=<>]|cup|angle", a + b):
+        return "wrong"
+    x, y = (re.fullmatch(NUMBER, text.removesuffix(r"\%")) for text in (a, b))
+    if x and y and (Decimal(x[0]) == Decimal(y[0]) or "%" not in a + b):
+        return "correct" if Decimal(x[0]) == Decimal(y[0]) else "wrong"
+    letters = set(re.sub(NO_VARIABLES, "", a + b))
+    for c in (c for c in letters if c.isupper() and c.lower() in letters):  # R is not r
+        apart = rf"({NO_VARIABLES})|{c}(?!_)", lambda m: m[1] or c + "_{0}"
+        a, b = re.sub(*apart, a), re.sub(*apart, b)
+    places = max([6, *map(len, re.findall(r"(?<=\.)\d+", a))])
+    if "." not in a:  # exactly: 0.142857 is 142857/1000000, and not 1/7; 1/5^40 is not 1/5^41
+        places = 100
+        b = re.sub(r"(\d*)\.(\d+)", lambda m: rf"\frac{{{m[1]}{m[2]}}}{{{10 ** len(m[2])}}}", b)
+    return ask_grader(a, b, units, places)
+
+
+def ask_grader(*question, seconds=5.0):
+    """The verdict of data/equal.py, a process of the thread's own: it may hang, and be killed."""
+    process = getattr(_thread, "grader", None)
+    if process is None or process.poll() is not None:
+        command = [sys.executable, HERE / "data/equal.py", str(seconds)]
+        how = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        process = _thread.grader = subprocess.Popen(
+            command, **how, text=True, start_new_session=True
         )
-    reference, *answers = told_apart([reference, *answers])
-    return ask_grader(reference, answers, seconds)
-
-
-def readable(reference):
-    """Can math-verify grade with it? (One that takes too long today may not tomorrow.)"""
-    reference = tidied(reference)
-    return bool(NUMBER.fullmatch(reference)) or ask_grader(reference, [reference], 5.0) in (
-        "correct",
-        "timeout",
-    )
-
-
-def ask_grader(reference, answers, seconds):
-    """Whether all of the answers are equal to the reference, by the thread's own process."""
-    if getattr(_thread, "grader", None) is None or _thread.grader.poll() is not None:
-        _thread.grader = start_grader()
-    grader = _thread.grader
-    began, late = time.monotonic(), threading.Timer(seconds, grader.kill)
-    late.start()
-    try:
-        grader.stdin.write(
-            json.dumps([reference, answers, not re.search("[a-zA-Z]", letters(reference))]) + "\n"
-        )  # 6m: metres?
-        grader.stdin.flush()
-        verdict = grader.stdout.readline().strip()
-    except OSError:
-        verdict = ""
-    late.cancel()
-    if not verdict:
-        _thread.grader = None  # the next answer gets a new one
-        grader.kill()
-    return verdict or ("timeout" if time.monotonic() - began >= seconds else "error")
+        atexit.register(process.kill)
+        process.stdout.readline()  # it has imported sympy
+    with suppress(OSError):
+        print(json.dumps(question), file=process.stdin, flush=True)
+        if verdict := process.stdout.readline().strip():
+            return verdict
+    return "timeout" if process.wait() == -signal.SIGPROF else "error"
 
 
 # ---------------------------------------------------------------- grading: programs
 
-_passed = set()  # right programs: a trained model gives the same one again and again
-HARNESS = """  # inside: limits itself, gives root away, becomes the program, or calls its functions
-import builtins, json, os, resource, sys
-with os.fdopen(int(sys.argv[1])) as f:
-    job = json.load(f)
-if sys.platform == "linux":
-    if job["kind"] != "bubblewrap":                 # which does this itself
-        import ctypes
-        ctypes.CDLL(None).prctl(38, 1, 0, 0, 0)     # no sudo
-    with open("/proc/self/oom_score_adj", "w") as f:
-        f.write("1000")                             # if memory runs out, this goes first
-for name, value in job["limits"].items():
-    try:
-        resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value))
-    except ValueError:                              # macOS has no RLIMIT_AS
-        pass
-if job["uid"]:
-    os.setgroups([]), os.setgid(job["uid"]), os.setuid(job["uid"])
-if "command" in job:
-    os.execv(job["command"][0], job["command"])
-out = os.fdopen(os.dup(1), "w")
-os.dup2(os.open(os.devnull, os.O_WRONLY), 1)        # what the program prints is no result
-sys.path += job["paths"]                            # started without the module site, which is slow
-builtins.exit = builtins.quit = sys.exit
-program = sys.modules["program"] = type(sys)("program")
-exec(compile(open("program.py").read(), "program.py", "exec"), program.__dict__)
-for name, args in job["calls"]:
-    print(json.dumps(getattr(program, name)(*args)), file=out, flush=True)
-"""
-_uids = itertools.cycle(
-    range(200_000 + 1000 * (os.getpid() % 10_000), 201_000 + 1000 * (os.getpid() % 10_000))
-)  # as root: a user each
+TAGS = {"python": r"(py|python|pypy)[\d.]*", "cpp": r"(c\+\+|cpp|cc|cxx)\d*"}  # of a fence
 
 
-def fence(kind, box, seconds):
-    """The command that shuts what follows it in, as far as the kind of isolation goes."""
-    root = os.getuid() == 0
-    # Were this process killed, bubblewrap would end the program at once, this after its time.
-    watch = (
-        ["timeout", "-s", "KILL", str(math.ceil(seconds) + 5)] if shutil.which("timeout") else []
-    )
-    if kind == "bubblewrap":
-        spaces = "--unshare-net --unshare-pid --unshare-ipc --unshare-uts"
-        spaces += " --cap-add CAP_SETUID --cap-add CAP_SETGID"
-        seen = dict.fromkeys(
-            [
-                "/usr",
-                "/bin",
-                "/lib",
-                "/lib64",
-                "/etc/alternatives",
-                "/etc/ld.so.cache",
-                sys.base_prefix,
-                sys.prefix,
-            ]
-        )
-        above = [
-            str(p)
-            for place in (sys.base_prefix, sys.prefix, box)
-            for p in reversed(Path(place).parents)
-            if p != Path("/")
-        ]
-        return [
-            "bwrap",
-            *(spaces.split() if root else ["--unshare-all"]),
-            "--die-with-parent",
-            "--new-session",
-            *[word for place in above for word in ("--perms", "0755", "--dir", place)],
-            *[word for place in seen for word in ("--ro-bind-try", place, place)],
-            "--proc",
-            "/proc",
-            "--dev",
-            "/dev",
-            "--remount-ro",
-            "/dev",
-            "--bind",
-            box,
-            box,
-            "--chdir",
-            box,
-            "--remount-ro",
-            "/",
-        ]
-    if kind == "namespaces":
-        own = [] if root else ["--user", "--map-root-user"]
-        spaces = ["--net", "--pid", "--ipc", "--mount", "--mount-proc", "--fork", "--kill-child"]
-        # the first process, with which all others die, is the shell
-        return [*watch, "unshare", *own, *spaces, "sh", "-c", '"$@"; exit $?', "sh"]
-    return watch
+def program_in(response, language):
+    """The last closed fence with the language's tag, else the last without one; or None."""
+    text = response.rpartition("</think>")[2].replace("\r\n", "\n").replace("\r", "\n")
+    text = re.sub(r"""(?m)^([^`\n]*[^`\s"'#/])(```+)[ \t]*$""", r"\1\n\2", text)  # print(1)```
+    lines, found = text.split("\n"), {}  # {tagged?: program}
+    for block in MarkdownIt("zero").enable("fence").parse(text):
+        if block.type == "fence" and block.content.strip():
+            last = lines[block.map[1] - 1].strip()  # not so where it was cut
+            closed = last.startswith(block.markup) and not last.strip(block.markup[0])
+            tag = re.match(r"[{.]*([\w+.]*)", block.info)[1].lower()
+            if closed and (not tag or re.fullmatch(TAGS[language], tag)):
+                found[bool(tag)] = block.content
+    return found.get(True, found.get(False))
 
 
-def run_program(files, job, kind, stdin="", seconds=10.0, memory=1 << 30, keep=None):
-    """Run in a fresh folder that holds `files` {name: text or bytes}.
-
-    job: {"command": [...]}, {box} standing for the folder, or {"calls": [[name, args], ...]} to
-    functions of program.py. Returns (output, "ok", "failed" or "timeout", the file `keep`).
-    """
-    place = tempfile.mkdtemp(
-        prefix="sd-zero-"
-    )  # not the program's, so it cannot put a link in place of its folder
-    box = os.path.join(place, "box")
-    os.mkdir(box)
-    os.chmod(place, 0o711)
-    try:
-        return run_in(box, files, job, kind, stdin, seconds, memory, keep)
-    finally:
-        try:
-            for name in files:
-                os.unlink(os.path.join(box, name))
-            os.rmdir(box), os.rmdir(place)
-        except OSError:  # it left more there
-            if os.getuid():
-                subprocess.run(["chmod", "-R", "u+rwx", "--", place], stderr=subprocess.DEVNULL)
-            subprocess.run(["rm", "-rf", "--", place], stderr=subprocess.DEVNULL)
-
-
-def run_in(box, files, job, kind, stdin, seconds, memory, keep):
-    """run_program() in a folder that is there, and stays."""
-    deadline = time.monotonic() + seconds
-    uid = next(_uids) if os.getuid() == 0 else 0
-    limits = {"CPU": math.ceil(seconds) + 1, "AS": memory, "FSIZE": 16 << 20, "NOFILE": 64}
-    # without a namespace all of the user's processes count
-    limits |= {"CORE": 0, "NPROC": 4096 if kind == "limits" and not uid else 16}
-    ours = python_for(kind) == sys.executable
-    paths = [p for p in sys.path if p.endswith("-packages")] if ours else []
-    job = {**job, "limits": limits, "uid": uid, "kind": kind, "paths": paths}
-    if "command" in job:
-        job["command"] = [word.format(box=box) for word in job["command"]]
-    for name, content in files.items():
-        content = content if isinstance(content, bytes) else content.encode(errors="replace")
-        Path(box, name).write_bytes(content)
-        os.chmod(Path(box, name), 0o755)
-    if uid:
-        os.chown(box, uid, uid)
-    environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": box, "TMPDIR": box}
-    environment |= {"LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"}
-    # What the program is told lies outside of its folder: there it could put a link where we write.
-    with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as told:
-        source.write(stdin.encode(errors="replace")), source.seek(0)
-        told.write(json.dumps(job).encode()), told.seek(0)
-        interpreter = [python_for(kind), "-I", "-S", "-c", HARNESS, str(told.fileno())]
-        process = subprocess.Popen(
-            [*fence(kind, box, seconds), *interpreter],
-            cwd=box,
-            stdin=source,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            start_new_session=True,
-            pass_fds=[told.fileno()],
-        )
-    out, ended = read_until_end(process, deadline)
-    try:  # and what it left behind; not reaped yet, so the number is still its own
-        os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
-    late = time.monotonic() >= deadline
-    status = "ok" if process.wait() == 0 and ended else "timeout" if late else "failed"
-    process.stdout.close()
-    kept = Path(box, keep).read_bytes() if keep and status == "ok" else None
-    return out.decode(errors="replace"), status, kept
-
-
-def read_until_end(process, deadline, most=1_000_000):
-    """(what a process prints, at most so much, has it ended?); not later than the deadline."""
-    out, ended, how = b"", False, os.WEXITED | os.WNOHANG | os.WNOWAIT
-    while len(out) <= most and (left := deadline - time.monotonic()) > 0:
-        if select.select([process.stdout], [], [], 0.0 if ended else min(left, 0.02))[0]:
-            if not (block := os.read(process.stdout.fileno(), 1 << 16)):
-                break
-            out += block
-        elif ended:  # something that it left behind still holds its stdout
-            break
-        ended = ended or os.waitid(os.P_PID, process.pid, how) is not None
-    while not ended and len(out) <= most and time.monotonic() < deadline:  # it closed its stdout
-        ended = os.waitid(os.P_PID, process.pid, how) is not None
-        time.sleep(0.001)
-    return out, ended
-
-
-def python_for(kind):
-    """The interpreter of programs: ours, unless it lies in root's home, hidden from others."""
-    hidden = os.getuid() == 0 and any(
-        not p.stat().st_mode & 1 for p in Path(sys.executable).resolve().parents
-    )
-    return sys.executable if kind == "bubblewrap" or not hidden else "/usr/bin/python3"
-
-
-@lru_cache(1)
-def isolation():
-    """The strongest kind that works here, bubblewrap, namespaces or limits; dies without any."""
-    for kind in ("bubblewrap", "namespaces", "limits") if os.name == "posix" else ():
-        try:
-            if run_program(
-                {"program.py": "def one():\n    return 1\n"}, {"calls": [["one", []]]}, kind
-            )[:2] == ("1\n", "ok"):
-                return kind
-        except (OSError, AttributeError):  # macOS has os.waitid from Python 3.13 on
-            pass
-    die(
-        "--allow-code: no program can be run here; it needs Linux, or macOS with Python 3.13, and "
-        "as root /usr/bin/python3 or bubblewrap"
-    )
-
-
-def same_value(a, b, tolerance=0.0):
-    """Of two JSON values: whole numbers exactly, others within the tolerance; true is not 1."""
-    if isinstance(a, (list, dict)) and type(a) is type(b) and len(a) == len(b):
-        pairs = [(a[k], b[k]) for k in a if k in b] if isinstance(a, dict) else list(zip(a, b))
-        return len(pairs) == len(a) and all(same_value(x, y, tolerance) for x, y in pairs)
-    if {type(a), type(b)} == {int, float} or type(a) is type(b) is float:
-        try:
-            return a == b or math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance)
-        except OverflowError:
+def same_output(printed, expected, tolerance=None, any_case=False):
+    """Word by word, as the contests do: a number that is expected with a point is free by 1e-6."""
+    a, b = (text.lower().split() if any_case else text.split() for text in (expected, printed))
+    for x, y in zip(a, b):
+        near = tolerance or (1e-6 if re.search("[.eE]", x) else 0)
+        numbers = near and re.fullmatch(NUMBER, x) and re.fullmatch(NUMBER, y)
+        if x != y and not (numbers and same_value(float(x), float(y), near)):
             return False
-    return type(a) is type(b) and a == b
+    return len(a) == len(b)
 
 
-def same_output(printed, expected, tolerance=0.0):
-    """Word by word; with a tolerance, words that are numbers as numbers."""
-
-    def value(word):
-        for kind in (int, float) if tolerance else ():
-            try:
-                return kind(word)
-            except ValueError:
-                pass
-        return word
-
-    a, b = printed.split(), expected.split()
-    return len(a) == len(b) and all(
-        x == y or same_value(value(x), value(y), tolerance) for x, y in zip(a, b)
-    )
+def same_value(a, b, tolerance):
+    """Of two JSON values, as Python's == has it: 1 == 1.0 == True; but NaN equals NaN."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same_value(a[k], b[k], tolerance) for k in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(same_value(x, y, tolerance) for x, y in zip(a, b))
+    if tolerance and isinstance(a, (int, float)) and isinstance(b, (int, float)):
+        return a == b or abs(a - b) <= tolerance * max(1, abs(a)) < math.inf
+    return a == b or a != a and b != b
 
 
-def verify_code(record, response, seconds=10.0):
-    """verify() for kind "code": the last ```python or ```cpp block (or the last block) must pass
-    every test of record["tests"].
+def same_values(printed, expected, tolerance=None, _=False):
+    with suppress(ValueError, RecursionError, OverflowError):
+        return same_value(json.loads(expected), json.loads(printed), tolerance)
+    return False
 
-    The program runs as a child that cannot hurt: a fresh folder for each run, a process group that
-    is killed as a whole after `seconds`; limits on CPU, memory, processes, open files and their
-    size; at most 1 MB of output; an empty environment; as root another user. Under bubblewrap it
-    sees no network, no process but its own, and of the disk only the system and Python, read-only.
-    In plain namespaces it still sees the files that all may read or, not started by root, reads
-    and writes what the user may. With limits alone it also has the network, can signal the user's
-    processes, and children that leave the process group outlive it. Not covered by any: holes in
-    the kernel, time and heat, the sum of many small files, or of memory over its 16 processes.
-    What it should return is never passed to it, and compared outside: what it prints can be
-    forged, the verdict cannot.
+
+def verify_code(record, response):
+    """verify() for kind "code": the program must pass every test of record["tests"].
+
+    A test has {stdin, stdout}, or {call, args, expected}, perhaps kwargs, for functions; a row may
+    have a `time_limit` (seconds of CPU a test; 10) and a `tolerance` (for numbers). What a test
+    expects never enters the sandbox: what is printed there can be forged, the verdict cannot.
     """
-    blocks = re.findall(r"^[ \t]*```([^\n`]*)\n(.*?)^[ \t]*```", response, re.DOTALL | re.MULTILINE)
-    if not blocks:
+    language, tests, same = record.get("language") or "python", record["tests"], same_output
+    seconds, tolerance = record.get("time_limit") or 10.0, record.get("tolerance")
+    program, run = program_in(response, language), [*PYTHON, "{box}/program"]
+    if program is None:
         return 0, "no_answer", None
-    of = {
-        **dict.fromkeys(("python", "py", "python3"), "python"),
-        **dict.fromkeys(("cpp", "c++", "cc", "cxx", "c++17"), "cpp"),
-    }
-    tagged = [(of[tag.strip().lower()], text) for tag, text in blocks if tag.strip().lower() in of]
-    language, program = (tagged or [(record.get("language") or "python", blocks[-1][1])])[-1]
-    program, tests, tolerance = (
-        textwrap.dedent(program),
-        record["tests"],
-        record.get("tolerance") or 0.0,
-    )
-    known = hashlib.sha256(
-        repr((program, language, tests, tolerance)).encode(errors="replace")
-    ).digest()
-    if known not in _passed:  # a trained model gives the same right answer again and again
-        reward, verdict = run_tests(program, language, tests, tolerance, seconds)
-        if not reward:
-            return 0, verdict, program
-        _passed.add(known)
+    files = {"program": program.encode(errors="replace")}
+    if language == "cpp":
+        build = 'p=$(mktemp) && g++ -O2 -std=gnu++20 -o "$p" -x c++ "$0" && cat "$p" && rm "$p"'
+        build, run = ["sh", "-c", build, *run[-1:]], run[-1:]
+        files["program"], status = run_inside(files, build, "", 60.0, 4 << 30, 64 << 20)
+        if status != "ok":
+            return 0, status, program
+    elif tests[0].get("call"):
+        files["calls.py"] = Path(HERE, "data/calls.py").read_bytes()
+        run = [*PYTHON, "{box}/calls.py", "{box}/program", str(seconds)]
+        calls = json.dumps([[t["call"], t["args"], t.get("kwargs") or {}] for t in tests])
+        seconds, same = seconds * len(tests), same_values
+        tests = [{"stdin": calls, "stdout": json.dumps([test["expected"] for test in tests])}]
+    words = " ".join(test["stdout"].lower() for test in tests).split()
+    for test in tests:
+        most = max(1 << 20, 2 * len(test["stdout"]))
+        printed, status = run_inside(files, run, test["stdin"], seconds, most=most)
+        printed, any_case = printed.decode(errors="replace"), set(words) <= {"yes", "no"}
+        if status != "ok" or not same(printed, test["stdout"], tolerance, any_case):
+            return 0, "wrong" if status == "ok" else status, program
     return 1, "correct", program
 
 
-def compiler():
-    """g++ where the sandbox sees it, or None."""
-    return shutil.which("g++", path="/usr/local/bin:/usr/bin")
-
-
-def run_tests(program, language, tests, tolerance, seconds):
-    """(reward, verdict) of a program; the verdict is error where no compiler is there for it."""
-    kind = isolation()
-    calls = [[t["call"], t["args"]] for t in tests if t.get("call") is not None]
-    files, command = {"program.py": program}, [python_for(kind), "-I", "{box}/program.py"]
-    if language == "cpp":
-        if calls or not compiler():
-            return 0, "wrong" if calls else "error"
-        compile_it = {
-            "command": [compiler(), "-O2", "-std=c++17", "-o", "{box}/program", "{box}/program.cpp"]
-        }
-        binary = run_program(
-            {"program.cpp": program}, compile_it, kind, "", 60.0, 4 << 30, keep="program"
-        )[2]
-        if not binary:
-            return 0, "wrong"
-        files, command = {"program": binary}, ["{box}/program"]
-    if calls:
-        printed, status, _ = run_program(files, {"calls": calls}, kind, seconds=seconds)
-        try:
-            values = [json.loads(line) for line in printed.splitlines()]
-        except (ValueError, RecursionError):
-            values = []
-        right = len(values) == len(calls) and all(
-            same_value(v, t["expected"], tolerance) for v, t in zip(values, tests)
-        )
-    for test in [] if calls else tests:
-        printed, status, _ = run_program(files, {"command": command}, kind, test["stdin"], seconds)
-        right = same_output(printed, test["stdout"], tolerance)
-        if not right or status != "ok":
-            break
-    right = right and status == "ok"
-    return int(right), "correct" if right else "timeout" if status == "timeout" else "wrong"
-
-
-def check_code(records, allow_code):
-    """Programs are run only if --allow-code was given; says what they will run in."""
-    if any(record["kind"] == "code" for record in records):
-        if not allow_code:
-            die(
-                'problems of kind "code" are graded by running what the model writes, in a '
-                "sandbox; give --allow-code to all stages"
-            )
-        print(f"programs run in: {isolation()}")
-
-
 # ---------------------------------------------------------------- grading: both
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+_graders = ThreadPoolExecutor(CORES)
 
 
 def verify(record, response):
     r"""r(y, a). Returns (reward 0 or 1, verdict, extracted); fails closed.
 
-    verdict: correct, wrong, no_answer, timeout or error; extracted: what was graded.
+    verdict: correct, wrong, no_answer, timeout, output_limit or error; extracted: what was graded.
     """
     if record.get("kind") == "code":
         return verify_code(record, response)
     extracted = last_boxed(response)
-    if extracted is None:
-        return 0, "no_answer", None
-    verdict = same_answer(record["answer"], extracted)
+    verdict = "no_answer" if extracted is None else same_answer(record["answer"], extracted)
     return int(verdict == "correct"), verdict, extracted
 
 
 def verify_all(records, responses):
     """verify() of many, in order, as they get ready; a grader a core."""
     return _graders.map(verify, records, responses)
-
-
-def stop_if_ungraded(verdicts, records, what, least=1):
-    """Where more than half of the answers (at least so many) cannot be graded, rewards say nothing.
-
-    Programs may take too long, so timeouts count only where no answer is one.
-    """
-    count = Counter(verdicts)
-    n = sum(count.values())
-    any_code = any(record["kind"] == "code" for record in records)
-    ungraded = count["error"] + (0 if any_code else count["timeout"])
-    if n >= least and ungraded > n / 2:
-        why = f"{count['error']} errors and {count['timeout']} timeouts in {n} answers"
-        mend = "mend the problems' answers or verify(), and remove a file that holds such verdicts"
-        die(f"{what}: {why}: rewards mean nothing; {mend}")
 
 
 # ---------------------------------------------------------------- training

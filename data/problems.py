@@ -5,19 +5,21 @@ A hub set with the columns `problem` and `answer` (or `tests`) needs no line in 
 
 import hashlib
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
 import common
 from data.files import die, read_jsonl
+from data.sandbox import COMPILER, check_code
 
 BOX = "\n\nPut your final answer within \\boxed{}."
-FIELDS = "id", "kind", "problem", "answer", "tests", "tolerance", "language"
+FIELDS = "id", "kind", "problem", "answer", "tests", "tolerance", "time_limit", "language"
 NO_COMPILER = "in C++, not gradable without g++"
 
 
 def load_problems(source, split="train", limit=None, allow_code=False, seed=0):
-    """Problems {id, kind, problem, answer}; of kind "code": tests (tolerance, language), answer "".
+    """Problems {id, kind, problem, answer}; of kind "code": tests (see verify_code), answer "".
 
     source: a JSONL file of such rows, a folder that holds {split}.jsonl, or a hub data set, which
     the seed shuffles. A row that cannot be graded is a mistake in a file; of a hub set it is left
@@ -46,12 +48,14 @@ def load_problems(source, split="train", limit=None, allow_code=False, seed=0):
         print(f"{source}: left out {n} rows, each {why}")
     if not problems:
         die(f"--data: {path} has no row that can be graded")
-    common.check_code(problems.values(), allow_code)
+    check_code(problems.values(), allow_code)
     return list(problems.values())
 
 
 def unusable(row, before):
     """Why a row cannot be graded; "" if it can. before: the rows before it, by id."""
+    if row.get("unfit"):
+        return row["unfit"]
     if row["kind"] not in ("math", "code"):
         return f"of kind {row['kind']!r:.40}, which is neither 'math' nor 'code'"
     for field in ("id", "problem", "answer")[: 3 if row["kind"] == "math" else 2]:
@@ -60,16 +64,26 @@ def unusable(row, before):
     if row["id"] in before:
         return "whose 'id' is there already"
     if row["kind"] == "math":
-        readable = common.readable(row["answer"])
-        return "" if readable else "whose 'answer' math-verify cannot read"
+        answer = common.tidied(row["answer"])
+        # one that takes too long today may not tomorrow
+        read = answer.isdigit() or common.ask_grader(answer, answer, True, 6) in (
+            "correct",
+            "timeout",
+        )
+        return "" if read else "whose 'answer' math-verify cannot read"
     if not are_tests(row.get("tests")):
         return "whose 'tests' is no list of {stdin, stdout} or of {call, args, expected}"
     language, tolerance = row.get("language"), row.get("tolerance") or 0
     if language not in (None, "python", "cpp"):
         return f"whose 'language' is {language!r:.40}, and neither 'python' nor 'cpp'"
+    if language == "cpp" and "call" in row["tests"][0]:
+        return "whose tests call functions, which is for Python"
     if type(tolerance) not in (int, float) or not 0 <= tolerance < 1:
         return "whose 'tolerance' is no number from 0 to 1"
-    return NO_COMPILER if language == "cpp" and not common.compiler() else ""
+    seconds = row.get("time_limit") or 10
+    if type(seconds) not in (int, float) or not 0.1 <= seconds <= 3600:
+        return "whose 'time_limit' is no number of seconds from 0.1 to 3600"
+    return NO_COMPILER if language == "cpp" and not COMPILER else ""
 
 
 def is_text(value):
@@ -81,16 +95,36 @@ def is_text(value):
 
 
 def are_tests(tests):
-    """A list of {stdin, stdout}, or of {call, args, expected}, and not of both."""
+    """A list of {stdin, stdout}, or of {call, args, expected} (and kwargs), and not of both."""
     if not isinstance(tests, list) or not all(isinstance(test, dict) for test in tests):
         return False
     calls = [test for test in tests if test.get("call") is not None]
     for test in tests:
         if calls and not (type(test.get("call")) is str and type(test.get("args")) is list):
             return False
+        if type(test.get("kwargs") or {}) is not dict:
+            return False
         if not calls and not (type(test.get("stdin")) is type(test.get("stdout")) is str):
             return False
     return bool(tests) and all("expected" in test for test in calls)
+
+
+# ---------------------------------------------------------------- what cannot be graded here
+
+
+def stop_if_ungraded(verdicts, records, what, least=1):
+    """Where more than half of the answers (at least so many) cannot be graded, rewards say nothing.
+
+    Programs may take too long, so timeouts count only where no answer is one.
+    """
+    count = Counter(verdicts)
+    n = sum(count.values())
+    any_code = any(record["kind"] == "code" for record in records)
+    ungraded = count["error"] + (0 if any_code else count["timeout"])
+    if n >= least and ungraded > n / 2:
+        why = f"{count['error']} errors and {count['timeout']} timeouts in {n} answers"
+        mend = "mend the problems' answers or verify(), and remove a file that holds such verdicts"
+        die(f"{what}: {why}: rewards mean nothing; {mend}")
 
 
 # ---------------------------------------------------------------- the hub
@@ -105,23 +139,33 @@ def gsm8k(row):
     return {"problem": row["question"] + BOX, "answer": row["answer"].split("####")[-1]}
 
 
+UNFIT = "interactive, or with several right outputs, and no checker"
+SEVERAL = r"(?i)\binteractive|interaction|in any order|\b(print|output|find|choose|give) any\b"
+SEVERAL += (
+    r"|any of them|if there (are|is|exist) (several|multiple|many|more)|multiple (answers|sol)"
+)
+
+
 def contest(name, parts, tests, language):
     """A programming problem; tests: [{"input", "output"}, ...].
 
-    The first is an example, shown and not graded: a table of examples would pass it.
+    The first is an example, shown and not graded: a table of examples would pass it. What a
+    program must talk with, or answer in one of several ways, no such test can grade.
     """
     example = "".join(f"Example:\n{t['input']}\n→\n{t['output']}" for t in tests[:1])
     how = f"Answer with one ```{language} block: a program from stdin to stdout."
     text = "\n\n".join(filter(None, [*parts, example, how]))
     graded = [{"stdin": t["input"], "stdout": t["output"]} for t in tests[1:]]
-    return {"id": name, "problem": text, "language": language, "tests": graded}
+    row = {"id": name, "problem": text, "language": language, "tests": graded}
+    return row | {"unfit": UNFIT} if re.search(SEVERAL, " ".join(filter(None, parts))) else row
 
 
 def codeforces(language):
     columns = "title", "description", "input_format", "output_format", "note"
 
     def problem_of(row):
-        return contest(row["id"], [row[c] for c in columns], row["examples"] or [], language)
+        problem = contest(row["id"], [row[c] for c in columns], row["examples"] or [], language)
+        return problem | {"unfit": UNFIT} if row.get("interaction_format") else problem
 
     return problem_of
 

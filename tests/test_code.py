@@ -1,12 +1,8 @@
-"""The grader of programs: right ones pass, wrong ones do not, none does harm or leaves anything.
-
-The sandbox is bubblewrap. Without it, what needs it is skipped (and the last line says so); what
-programs compute is then tried with --allow-code=limits, if that works.
-"""
+"""The grader of programs: right ones pass, wrong ones do not, none does harm or leaves anything."""
 
 import json
 import math
-import shutil
+import re
 import signal
 import socket
 import subprocess
@@ -38,8 +34,8 @@ def python(program):
     return f"Some words.\n```python\n{program}\n```\n"
 
 
-def verdict(program, tests=DOUBLE, seconds=10.0, **more):
-    return verify_code({"tests": tests, "time_limit": seconds, **more}, python(program))[:2]
+def verdict(program, tests=DOUBLE, seconds=10.0):
+    return verify_code({"tests": tests, "time_limit": seconds}, python(program))[:2]
 
 
 def returns(value, program):
@@ -70,12 +66,10 @@ def nothing_is_left(place, tmp_path, monkeypatch):  # tmp_path: pytest's own is 
 
 @pytest.mark.parametrize("case", CASES, ids=[case["why"][:40] for case in CASES])
 def test_cases(case):
-    if "leaves a file" in case["why"] and SANDBOX != "bubblewrap":
+    if SANDBOX != "bubblewrap" and re.search("leaves a file|memory", case["why"]):
         pytest.skip("needs bubblewrap")
-    if case.get("language") == "cpp" and not shutil.which("g++"):
+    if case.get("language") == "cpp" and not sandbox.COMPILER:
         pytest.skip("no g++")
-    if "memory" in case["why"] and SANDBOX != "bubblewrap":
-        pytest.skip("needs bubblewrap")
     reward, said, _ = verify(case, case["response"])
     assert reward == case["reward"]
     assert (said == "output_limit") == ("2 MB" in case["why"])
@@ -85,11 +79,8 @@ def test_right_and_wrong_programs():
     right, wrong = (1, "correct"), (0, "wrong")
     assert verdict(RIGHT) == right
     assert verdict("def double(x):\n    return x + x + 0 if x != 2 else 5") == wrong
-    assert verdict("def double(x:") == wrong
-    assert verdict("a, b = map(int, input().split())\nprint(a + b)", SUM) == right
-    assert verdict("print(3)", SUM) == wrong
-    exits = "import sys\nprint(sum(map(int, sys.stdin.read().split())))\nsys.exit(1)"
-    assert verdict(exits, SUM) == wrong
+    assert verdict("def double(x:") == wrong == verdict("print(3)", SUM)
+    assert verdict("print(sum(map(int, input().split())))\nexit(1)", SUM) == wrong
     longer_than_a_command_line = {"args": [[0] * 100_000], "expected": [0] * 200_000}
     assert verdict(RIGHT, [{"call": "double", **longer_than_a_command_line}]) == right
     odd = "from __future__ import annotations\nfrom dataclasses import dataclass\n"
@@ -102,17 +93,13 @@ def test_right_and_wrong_programs():
     assert verdict("def double(x):\n    exit()") == wrong
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+@pytest.mark.skipif(not sandbox.COMPILER, reason="no g++")
 def test_cpp_programs():
     right = "#include <iostream>\nint main() { long a, b; std::cin >> a >> b; std::cout << a + b; }"
-    wrong, row = (0, "wrong"), {"tests": SUM, "language": "cpp"}
-    for program, expected in (
-        (right, (1, "correct")),
-        (right.replace("a + b", "a - b"), wrong),
-        ("int main() {", wrong),
-    ):
-        assert verify_code(row, f"```cpp\n{program}\n```")[:2] == expected
-    assert verify_code(row, python("print(3)"))[:2] == (0, "no_answer")
+    row, wrong = {"tests": SUM, "language": "cpp"}, right.replace("a + b", "a - b")
+    answers = [f"```cpp\n{program}\n```" for program in (right, wrong, "int main() {")]
+    said = [verify_code(row, answer)[1] for answer in (*answers, python("print(3)"))]
+    assert said == ["correct", "wrong", "wrong", "no_answer"]
 
 
 def test_the_fence_that_counts():
@@ -287,19 +274,11 @@ def test_traps_catch_nobody(trap, tmp_path):
 
 
 @needs_bubblewrap
-def test_a_child_that_holds_the_output_does_not_hold_the_grader():
-    began = time.monotonic()
-    child = "import subprocess\nsubprocess.Popen(['sleep', '7'], start_new_session=True)\n"
-    assert verdict(child + RIGHT) == (1, "correct") and time.monotonic() - began < 5
-
-
-@needs_bubblewrap
 def test_hungry_programs_starve_alone():
     big = "f = open('/tmp/big', 'wb')\nwhile True:\n    f.write(bytes(1 << 20))"
     many = "for i in range(99):\n    open(f'/tmp/{i}', 'wb').write(bytes(1 << 20))\n"
     assert verdict("x = bytearray(10 << 30)\n" + RIGHT)[0] == 0
     assert verdict(big, SUM, 3.0)[0] == 0 == verdict(many + RIGHT)[0]
-    assert shutil.disk_usage("/tmp").free > 1 << 20
 
 
 @needs_bubblewrap
@@ -308,9 +287,8 @@ def test_a_fork_bomb_and_children_that_would_outlive_it_are_gone():
     bomb = "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass"
     assert verdict(bomb, seconds=0.3)[0] == 0
     child = "import subprocess\nsubprocess.Popen(['sleep', '98765'], start_new_session=True)\n"
-    assert verdict(child + RIGHT, seconds=4.0) == (1, "correct")
-    assert time.monotonic() - began < 25
-    time.sleep(0.2)
+    assert verdict(child + RIGHT) == (1, "correct")  # and it does not hold the output
+    assert time.monotonic() - began < 10
 
 
 @needs_bubblewrap

@@ -187,42 +187,9 @@ def test_cases(case):
     assert reward == case["reward"] or case["why"] in MISSED and reward == 0
 
 
-# a reference  =  what is equal to it  ≠  what is not
-MORE = r"""
-\frac12  =  0.5 ; 1/2 ; \dfrac{1}{2} ; x = 1/2 ; 50\% ; \frac{2}{4} ; 0.50.  ≠  0.499 ; 2 ; ? ; 50
-12  =  12.0 ; 12. ; $12$ ; 12\text{ cm} ; \$12 ; \boxed{12} ; 5+7=12 ; x=12 ; 12 \text{ dollars}
-    ≠  -12 ; 12, 13 ; \{12, 13\} ; 12 or 13 ; 12 \lor 13 ; x=12 or x=13 ; \pm 12 ; 12!
-41  =  m+n=41 ; a_{10}=41 ; \text{Area} = 41 ; \sum_{i=1}^{9} i = 41  ≠  40 ; 4+1
-P(X=2)=\frac12  =  \frac12 ; P(X=2)=\frac{1}{2}  ≠  \frac13
-6m  =  6m ; 6 m  ≠  6 ; 6t ; m
-x^2+2x  =  x(x+2) ; 2x+x^2  ≠  x^2 ; x^2+2
-2\text{ hours }30\text{ minutes}  =  2\text{ hours } 30\text{ min}  ≠  2\text{ hours }45\text{ min}
-R-r  =  -r+R  ≠  r-R ; 0
-[1,3]  =  1 \le x \le 3  ≠  1<x<3 ; (1,3) ; 1,3
-10 000  =  10000 ; 10,000  ≠  0 ; 10
-\{(1,2),(3,4)\}  =  (3,4),(1,2)  ≠  (1,2) ; \{(2,1),(3,4)\}
-1,234,567  =  1234567 ; 1{,}234{,}567 ; 1\,234\,567 ; 1\ 234\ 567  ≠  1.234567 ; 1,234,568
-90^\circ  =  90 ; 90\degree ; 90° ; 90 \text{ degrees}  ≠  100 ; \frac{\pi}{4}
-\{1,2,3\}  =  3, 2, 1 ; \{2,1,3\}  ≠  1,2 ; \{1,2\} ; 1,2,3,4 ; (1,2,3)
-1,2  =  2,1 ; 1 \text{ and } 2 ; 1 \text{ or } 2 ; x=1 or x=2  ≠  1 ; 2 ; 1,3 ; 1,2,3
-(1,2)  =  \left(1,2\right) ; (\frac22, 2) ; 1,2
-    ≠  (2,1) ; 2,1 ; [1,2] ; \{1,2\} ; (1,2,3) ; (1,2),(3,4) ; (1,2]
-(-\infty,3)\cup(4,\infty)  =  (4,\infty)\cup(-\infty,3)  ≠  (-\infty,3]\cup(4,\infty) ; (-\infty,3)
-x<3  =  (-\infty,3) ; x < 3  ≠  x \le 3 ; x>3 ; 3
-\text{Tuesday}  =  Tuesday ; \textbf{Tuesday}  ≠  Monday ; \text{Tuesday or Monday}
-x^2-1  =  (x-1)(x+1) ; y=x^2-1  ≠  y^2-1 ; x^2+1
-2\sqrt{2}  =  \sqrt{8} ; 2\sqrt2  ≠  2.8 ; 8 ; 2.8284271247461903
-0.0000001  =  0.00000010 ; x=0.0000001  ≠  0.0000002 ; 0 ; x=0.0
-0.333333  =  \frac13  ≠  0.33 ; \frac14
-3  =  3 \text{ eggs}  ≠  3\text{ million} ; 3 million ; 3 dozen eggs
-5\sqrt{3} cm  =  5\sqrt{3} ; 5\sqrt3\text{ cm}  ≠  5
-8.4\%  =  8.4 ; 0.084 ; 8.4%  ≠  84 ; 0.84
-"""
-
-
 def test_equality_is_a_mathematicians_and_two_answers_are_no_way_to_be_right():
-    cases = []
-    for line in MORE.strip().replace("\n    ", "  ").splitlines():
+    cases, text = [], (ROOT / "tests/cases/equal.txt").read_text()
+    for line in text.replace("\n    ", "  ").splitlines()[1:]:
         reference, equal, others = re.split("  [=≠]  ", line)
         cases += [(reference, answer, "correct") for answer in equal.split(" ; ")]
         cases += [(reference, answer, "wrong") for answer in others.split(" ; ")]
@@ -256,21 +223,7 @@ def test_a_grader_that_hangs_or_dies_is_replaced_and_verdicts_stay_in_order():
 def test_rules_take_no_time_on_degenerate_answers(monkeypatch):
     monkeypatch.setattr(common, "ask_grader", lambda *question: "wrong")  # whose time is limited
     began = time.time()
-    for part in (
-        "5 cm ",
-        "a",
-        "5a",
-        "1,",
-        "7,7,",
-        "(",
-        "{",
-        "\\text{",
-        "\\",
-        " ",
-        "~",
-        "5 1/2",
-        "^",
-    ):
+    for part in "5 cm |a|5a|1,|7,7,|(|{|\\text{|\\| |~|5 1/2|^".split("|"):
         for answer in ("5" + part * (900 // len(part)) + "!", part * 30_000):
             assert same_answer("5", answer) == "wrong", part
     assert time.time() - began < 3
@@ -364,7 +317,12 @@ def test_the_second_corpus_judges_truthfully_and_never_says_p_r():
 
 PROBLEM = {"problem": "What is 1 + 1?", "solution": "2", "answer": "2"}
 EXAMPLES = [{"input": "1 2\n", "output": "3\n"}, {"input": "2 4\n", "output": "6\n"}]
-PARTS = {"input_format": "Two numbers.", "output_format": "Their sum.", "note": None}
+PARTS = {
+    "input_format": "Two numbers.",
+    "output_format": "Their sum.",
+    "note": None,
+    "interaction_format": None,
+}
 CONTEST = {"title": "A. Sum", "description": "Add.", **PARTS, "id": "1/A", "examples": EXAMPLES}
 PUBLIC = json.dumps([{**test, "testtype": "stdin"} for test in EXAMPLES])
 LIVE = {"question_content": "Add.", "question_id": "1_A", "public_test_cases": PUBLIC}

@@ -267,7 +267,7 @@ def test_traps_catch_nobody(trap, tmp_path):
     mine.write_text("precious")
     program = "import os\nprint(sum(map(int, input().split())), flush=True)\n"
     assert verdict(program + trap.format(mine=str(mine)), SUM)[0] in (0, 1)
-    program = "import os\nfresh = os.listdir('/tmp') == []\n"
+    program = "import os\nfresh = not {'stdin', 'd'} & {*os.listdir('/tmp')}\n"
     program += "print(sum(map(int, input().split())) if fresh else 'used')"
     assert verdict(program, SUM) == (1, "correct")
     assert mine.read_text() == "precious"

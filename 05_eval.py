@@ -34,7 +34,7 @@ from common import arguments, already_made, die, find, finish, fingerprint, pars
 from common import autocast, end_ids, load_model, load_tokenizer, pick_device, positions
 from common import completion_hidden, micro_batches, prompt_ids, revision_ids, row_seed, sample
 from common import in_blocks, load_problems, read_jsonl, same_answer, stop_if_ungraded, verify_all
-from common import write_whole
+from common import check_prompt, write_whole
 
 
 # ---------------------------------------------------------------- answers and revisions
@@ -270,7 +270,7 @@ def main(argv=None):
         die(f"--split {args.split} of {data} holds problems of training; evaluate on others")
     device = pick_device(args.device)
     for folder in folders.values():
-        load_tokenizer(folder)
+        check_prompt(args, load_tokenizer(folder))
     decides = "test_data split limit n max_new_tokens temperature"
     already_made(args, "eval.jsonl", " ".join([decides, *folders]), problems, grows=True)
 

@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
+from datetime import date
 from decimal import Decimal
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from transformers.cache_utils import DynamicLayer
 from data.files import append_jsonl, die, fingerprint, in_blocks, read_jsonl  # noqa: F401
 from data.files import remove, warn, write_whole
 from data.models import autocast, end_ids, load_model, load_tokenizer  # noqa: F401
-from data.models import pick_device, positions, save_model  # noqa: F401
+from data.models import pick_device, positions, save_model, special_ids  # noqa: F401
 from data.problems import load_problems, stop_if_ungraded  # noqa: F401
 from data.sandbox import PYTHON, check_code, run_inside  # noqa: F401
 
@@ -61,6 +62,8 @@ def run_stage(main):
         interrupted.append(True)
         raise KeyboardInterrupt
 
+    for stream in (sys.stdout, sys.stderr):  # a terminal may lack ⟨ and →
+        stream.reconfigure(errors="replace")
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
     try:
@@ -71,8 +74,8 @@ def run_stage(main):
             _graders.shutdown(wait=False, cancel_futures=True)
             print(f"\ninterrupted; {go_on}", file=sys.stderr)
             sys.exit(130)
-        if isinstance(e, torch.OutOfMemoryError):
-            die("the GPU is full; lower --batch-rows, --micro-tokens, or --gradient-checkpointing")
+        if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate" in str(e):
+            die("memory is full; lower --batch-rows in sampling, --micro-tokens in training")
         if number in FULL:
             die(f"the disk is full ({e}); make room, and {go_on}")
         if number in REFUSED:
@@ -175,6 +178,9 @@ MADE_BY = {  # in order; "base" is the model that a run starts from
 }
 
 
+_today = time.strftime("%Y-%m-%d")  # or the run's, once there is one
+
+
 def read_run(folder):
     """run.json: {settings, embedded, from, made: {artifact: its entry}}; None if there is none."""
     path = Path(folder, "run.json")
@@ -188,6 +194,7 @@ def read_run(folder):
 
 def open_run(args):
     """The run of --out, or a new one: of --from, or of 01's arguments. It settles arguments."""
+    global _today
     args.out.mkdir(parents=True, exist_ok=True)
     args.lock = FileLock(args.out / ".lock", is_singleton=True)
     try:
@@ -201,6 +208,7 @@ def open_run(args):
         run = new_run(args)
     elif not run:
         die(f"{args.out} is no run yet; run 01_generate.py first, or give --from for a variant")
+    _today = run.setdefault("date", _today)
     if args.other and str(args.other) != run["from"]:
         die(f"{args.out} is not a variant of {args.other}; choose another --out")
     for name, settled in run["settings"].items():
@@ -311,8 +319,18 @@ def prompt_ids(tokenizer, problem):
     """chat(x): the user's turn and the opening of the assistant's, as token ids."""
     turn = [{"role": "user", "content": problem}]
     how = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": False}
+    how["strftime_now"] = date.fromisoformat(_today).strftime  # of templates that write the date
     text = tokenizer.apply_chat_template(turn, **how)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def check_prompt(args, tokenizer):
+    """The prompt of the run's first problem must still be what 01 noted."""
+    problem = next(read_jsonl(find(args, "responses.jsonl")))["problem"]
+    now, was = tokenizer.decode(prompt_ids(tokenizer, problem)), args.run["prompt"]
+    if now != was:
+        at = len(os.path.commonprefix([now, was]))
+        die(f"prompts differ from those of 01: {was[at : at + 60]!r}, now {now[at : at + 60]!r}")
 
 
 def delimiter(reward, p_r=P_R):
@@ -321,15 +339,14 @@ def delimiter(reward, p_r=P_R):
 
 def revision_ids(tokenizer, problem, response_ids, reward, p_r=P_R):
     """chat(x) + y without its end token + delimiter: what the reviser reads in 03, 04 and 05."""
-    # Some models end a turn with a token that their tokenizer's configuration does not name.
-    added = tokenizer.added_tokens_decoder.items()
-    special = {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
-    y = list(response_ids)
+    y, special = list(response_ids), special_ids(tokenizer)
     while y and y[-1] in special:
         y.pop()
-    # Parts are tokenised apart and ids joined, so that no BPE merge crosses a seam.
-    told = tokenizer(delimiter(reward, p_r), add_special_tokens=False)["input_ids"]
-    return prompt_ids(tokenizer, problem) + y + told
+    # Parts are tokenised apart and ids joined, so no BPE merge crosses a seam; behind a letter,
+    # for SentencePiece puts a blank before what it reads alone.
+    texts = "a", "a" + delimiter(reward, p_r)
+    letter, told = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
+    return prompt_ids(tokenizer, problem) + y + told[len(letter) :]
 
 
 # ---------------------------------------------------------------- grading: mathematics
@@ -729,11 +746,15 @@ def gather(pieces, T):
 
 
 def draw(logits, temperature, uniform):
-    """One token a row, [B, V] → [B]: where the distribution function passes uniform [B, 1]."""
+    """One token a row, [B, V] → [B]: where the distribution function passes uniform [B, 1].
+
+    V, which is none, where the logits are not finite.
+    """
     if temperature == 0:  # the likeliest
-        return logits.argmax(-1)
+        best, token = logits.max(-1)
+        return token.where(best.isfinite(), logits.shape[-1])
     cdf = (logits.float() / temperature).softmax(-1).cumsum(-1)
-    return (cdf < uniform * cdf[:, -1:]).sum(-1)
+    return (~(cdf >= uniform * cdf[:, -1:])).sum(-1)
 
 
 @torch.no_grad()  # in inference_mode autocast keeps no copy of the weights, and casts at each token
@@ -766,7 +787,11 @@ def sample(model, prefixes, seeds, max_new_tokens, temperature=1.0, batch_rows=3
         ids, length, uniform = (x.to(model.device) for x in (ids, length, uniform))
         mask = (torch.arange(T, device=model.device) >= T - length).long()  # [B, T]
         how = {"attention_mask": mask, "position_ids": length - 1, "past_key_values": cache}
-        return draw(model(input_ids=ids, **how).logits[:, -1], temperature, uniform).tolist()
+        logits = model(input_ids=ids, **how).logits[:, -1, : model.vocabulary]  # no padding
+        tokens = draw(logits, temperature, uniform).tolist()
+        if max(tokens) == logits.shape[-1]:
+            die("logits are not finite: these weights do not fit this precision or this device")
+        return tokens
 
     def join(batches):
         rows = [i for batch, _ in batches for i in batch]

@@ -2,16 +2,18 @@
 
 import math
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import common
-from data.files import die, remove
+from data.files import die, remove, warn
 
+ORIGINAL = "original_max_position_embeddings"
 transformers.utils.logging.disable_progress_bar()  # ours are enough
 
 
@@ -49,7 +51,41 @@ def load_tokenizer(name):
         die(f"model {name}: no tokenizer with a chat template that works: {e}")
     if "1 + 1 = ?" not in text:
         die(f"model {name}: its chat template leaves the problem out: {text:.200}")
+    if "<think>" in text:
+        warn(
+            f"model {name}: its template opens <think>; the paper's models answer without thinking"
+        )
     return tokenizer
+
+
+def special_ids(tokenizer):
+    """Ids of special tokens, also of those that the tokenizer's configuration does not name."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
+
+
+def turn_end(tokenizer):
+    """The token with which the template ends an answer, as a list; [] where it does not say."""
+    turns = [{"role": "user", "content": "1 + 1 = ?"}, {"role": "assistant", "content": "It's 2."}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # some templates refuse it
+        return []
+    behind = tokenizer(text.rpartition("It's 2.")[2], add_special_tokens=False)["input_ids"]
+    return [i for i in behind if i in special_ids(tokenizer)][:1]
+
+
+def refuse(name, config):
+    """Dies where a configuration says that training or sampling would go wrong."""
+    text, why = config.get_text_config(), None
+    if getattr(config, "quantization_config", None):
+        why = "is quantised, which cannot be trained: name the original weights"
+    elif config.is_encoder_decoder:
+        why = "is an encoder and a decoder, and no causal language model"
+    elif "chunked_attention" in (getattr(text, "layer_types", None) or ()):
+        why = "has chunked attention, which sampling does not support"
+    if why:
+        die(f"model {name} {why}")
 
 
 def load_model(name, tokenizer, device, dtype=torch.float32):
@@ -58,8 +94,19 @@ def load_model(name, tokenizer, device, dtype=torch.float32):
     float32 weights are for training: in bf16 an update of 5e-6 rounds to nothing.
     """
     how = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
+    adapter = Path(name, "adapter_config.json").exists()
+    if adapter and not find_spec("peft"):
+        die(f"model {name} is an adapter (LoRA): pip install peft")
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **how)
+        if adapter:
+            from peft import AutoPeftModelForCausalLM
+
+            model = AutoPeftModelForCausalLM.from_pretrained(name, **how).merge_and_unload()
+            info = {"missing_keys": [], "mismatched_keys": []}
+        else:
+            refuse(name, AutoConfig.from_pretrained(name, trust_remote_code=False))
+            how["output_loading_info"] = True
+            model, info = AutoModelForCausalLM.from_pretrained(name, **how)
     except Exception as e:  # safetensors has its own, and a wrong config fails in many ways
         die(f"model {name}: no weights could be loaded: {e}")
     if lost := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
@@ -67,10 +114,20 @@ def load_model(name, tokenizer, device, dtype=torch.float32):
     layers = DynamicCache(config=model.config).layers
     if not all(type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in layers):
         die(f"model {name} has layers other than attention, which sampling does not support")
+    if model.get_output_embeddings() is None:
+        die(f"model {name} has no output embeddings, which the losses need")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         die(f"model {name}: its tokenizer has more tokens ({len(tokenizer)}) than its weights")
-    if not set(end_ids(model)) & set(tokenizer.all_special_ids):
-        die(f"model {name}: its end tokens {end_ids(model)} are not special in its tokenizer")
+    ends = [i for i in end_ids(model) if i is not None]
+    ends += [i for i in turn_end(tokenizer) if i not in ends]
+    if not set(ends) & special_ids(tokenizer):
+        die(f"model {name}: its end tokens {ends} are not special in its tokenizer")
+    if ends != end_ids(model):
+        model.generation_config.eos_token_id = ends
+    model.vocabulary = 1 + max(tokenizer.get_vocab().values())  # what is behind it is padding
+    cap_outside(model)
+    if dropout_off(model):
+        warn(f"model {name}: the dropout of its configuration is off")
     model = model.to(device).eval()
     ids = common.prompt_ids(tokenizer, "1 + 1 = ?")
     with torch.no_grad():  # the losses go through the head; some models do more after it
@@ -81,11 +138,37 @@ def load_model(name, tokenizer, device, dtype=torch.float32):
     return model
 
 
+def cap_outside(model):
+    """Soft-capped logits (Gemma 2): the head itself caps them, so that chunks of them are, too."""
+    config = model.config.get_text_config()
+    if cap := getattr(config, "final_logit_softcapping", None):
+        config.final_logit_softcapping, model.softcap = None, cap
+        head = model.get_output_embeddings()
+        head.register_forward_hook(lambda head, h, logits: cap * torch.tanh(logits / cap))
+
+
+def dropout_off(model):
+    """Sampling and the losses see the same model. Was there any?"""
+    found = False
+    for module in model.modules():
+        for key, value in list(vars(module).items()):
+            rate = key == "p" and isinstance(module, torch.nn.Dropout) or "dropout" in key
+            if rate and isinstance(value, float) and value > 0:
+                setattr(module, key, 0.0)
+                found = True
+    return found
+
+
 def save_model(model, tokenizer, folder):
     """Written beside the target and renamed: `folder` is never half a model."""
     beside = f"{folder}.part"
     remove(beside)
+    config = model.config.get_text_config()
+    if cap := getattr(model, "softcap", None):
+        config.final_logit_softcapping = cap
     model.save_pretrained(beside)
+    if cap:
+        config.final_logit_softcapping = None
     tokenizer.save_pretrained(beside)
     remove(folder)
     os.replace(beside, folder)
@@ -97,5 +180,15 @@ def end_ids(model):
 
 
 def positions(model):
-    """How many tokens a sequence may have: beyond these a model writes noise, or fails."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    """How many tokens a sequence may have: beyond these a model writes noise, or fails.
+
+    Where rope's frequencies change with the length, as many as leave them as they are.
+    """
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    most = [getattr(config, "max_position_embeddings", None), getattr(config, ORIGINAL, None)]
+    if rope.get("rope_type", rope.get("type")) in ("longrope", "dynamic"):
+        most += [rope.get(ORIGINAL)]
+    else:
+        most = most[:1]
+    return min((n for n in most if n), default=math.inf)

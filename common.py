@@ -315,12 +315,16 @@ def finish(args, name, began, device, **counts):
 # ---------------------------------------------------------------- prompts: nowhere else
 
 
+NOW = r"""strftime_now\((['"])(.*?)\1\)"""
+
+
 def prompt_ids(tokenizer, problem):
     """chat(x): the user's turn and the opening of the assistant's, as token ids."""
     turn = [{"role": "user", "content": problem}]
     how = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": False}
-    how["strftime_now"] = date.fromisoformat(_today).strftime  # of templates that write the date
-    text = tokenizer.apply_chat_template(turn, **how)
+    today = date.fromisoformat(_today).strftime  # for templates that write the date
+    template = re.sub(NOW, lambda m: repr(today(m[2])), tokenizer.get_chat_template())
+    text = tokenizer.apply_chat_template(turn, chat_template=template, **how)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 

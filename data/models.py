@@ -13,7 +13,6 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 import common
 from data.files import die, remove, warn
 
-ORIGINAL = "original_max_position_embeddings"
 transformers.utils.logging.disable_progress_bar()  # ours are enough
 
 
@@ -185,10 +184,8 @@ def positions(model):
     Where rope's frequencies change with the length, as many as leave them as they are.
     """
     config = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    most = [getattr(config, "max_position_embeddings", None), getattr(config, ORIGINAL, None)]
-    if rope.get("rope_type", rope.get("type")) in ("longrope", "dynamic"):
-        most += [rope.get(ORIGINAL)]
-    else:
-        most = most[:1]
-    return min((n for n in most if n), default=math.inf)
+    most = getattr(config, "max_position_embeddings", None) or math.inf
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("longrope", "dynamic"):
+        most = min(most, rope.get("original_max_position_embeddings") or most)
+    return most

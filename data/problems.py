@@ -191,12 +191,15 @@ KNOWN = {  # hub id: (configuration, row → {id, problem, and answer or tests})
 
 def hub_rows(source, split, seed):
     """Rows of a hub data set, shuffled by the seed; with no problem where something is missing."""
-    from datasets import load_dataset  # slow to import, and needed for hub ids only
+    import datasets  # slow to import, and needed for hub ids only
 
     configuration, problem_of = KNOWN.get(source, (None, dict))
     try:
         name = source.partition(":")[0] if source in KNOWN else source
-        rows = load_dataset(name, configuration, split=split).shuffle(seed=seed)
+        if (only := datasets.get_dataset_split_names(name, configuration)) == ["train"] != [split]:
+            print(f"{source} has no split {split!r}: its only one, {only[0]!r}, is taken")
+            split = only[0]
+        rows = datasets.load_dataset(name, configuration, split=split).shuffle(seed=seed)
     except Exception as e:  # datasets has many of its own
         die(f"--data {source} is no local file, and no split {split!r} of it on the hub: {e}")
     columns = set(rows.column_names)

@@ -43,7 +43,7 @@ def main(argv=None):
     # ---------------- answers
     model = load_model(args.model, tokenizer, device)
     tasks = [(x, k) for x in problems for k in range(args.n)]
-    done = list(read_jsonl(path, mend=True))
+    done = sum(1 for _ in read_jsonl(path, mend=True))
     progress = tqdm(total=len(tasks), desc="generate", unit="answer")
     for block, _, rows in in_blocks(path, done, tasks, 4 * args.batch_rows, progress):
         prefixes = [prompts[x["id"]] for x, _ in block]

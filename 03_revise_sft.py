@@ -21,6 +21,7 @@ import random
 import time
 from collections import Counter
 from contextlib import nullcontext
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -31,23 +32,27 @@ from common import autocast, end_ids, load_model, load_tokenizer, pick_device, s
 from common import backward_through_head, completion_hidden, log_step, micro_batches, update
 from common import check_code, check_prompt, stop_if_ungraded, verify_all
 from common import in_blocks, load_state, prompt_ids, revision_ids, row_seed, sample, save_state
+from common import places_jsonl, row_at
 
 
 # ---------------------------------------------------------------- collect and filter
 
 
-def collect(path, answers, model, tokenizer, args):
+def collect(path, verified, model, tokenizer, args):
     """y_revised ~ π_base(· | x, y_init, P_r), verified and filtered, into the file `path`."""
-    tasks = []  # (answer, number of the revision); none of answers that were cut
-    for row in answers:
+    tasks = []  # (place of an answer in the file, number of the revision); none of what was cut
+    for place, row in places_jsonl(verified):
         n = args.revisions_right if row["reward"] else args.revisions_wrong
-        tasks += [(row, k) for k in range(n if row["finished"] else 0)]
+        tasks += [(place, k) for k in range(n if row["finished"] else 0)]
     if not tasks:
         die("no answer to revise: all were cut (01 --max-new-tokens), or --revisions-* is 0")
     progress = tqdm(total=len(tasks), desc="revise", unit="revision")
-    done = list(read_jsonl(path, mend=True))
+    done, seen = sum(1 for _ in read_jsonl(path, mend=True)), set()
     for block, before, rows in in_blocks(path, done, tasks, 4 * args.batch_rows, progress):
-        prefixes, seeds, seen = [], [], set()
+        for row in islice(read_jsonl(path), 0 if seen else before):  # of an earlier try
+            keep(row, seen)
+        block = [(row_at(verified, place), k) for place, k in block]
+        prefixes, seeds = [], []
         for row, k in block:
             told = row["response_ids"], row["reward"], args.p_r
             prefixes.append(revision_ids(tokenizer, row["problem"], *told))
@@ -56,8 +61,6 @@ def collect(path, answers, model, tokenizer, args):
         revisions = sample(model, prefixes, seeds, *how)
         texts = [tokenizer.decode(y, skip_special_tokens=True) for y in revisions]
         graded = verify_all([row for row, _ in block], texts)
-        for row in before:  # so that copies of these are known
-            keep(row, seen)
         for (row, k), y, text, (reward, verdict, _) in zip(block, revisions, texts, graded):
             revised = {"revision": k, "p_r": args.p_r[row["reward"]], "revised": text}
             revised |= {"revised_ids": y, "revised_finished": y[-1] in end_ids(model)}
@@ -125,8 +128,8 @@ def learning_rate(step, steps, peak):
     return peak * min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * after))
 
 
-def train(model, tokenizer, tuples, args, device):
-    """Minimise L_SRT over the tuples: srt/, and srt.jsonl, a row a step."""
+def train(model, tokenizer, path, kept, args, device):
+    """Minimise L_SRT over the tuples at these places of `path`: srt/; srt.jsonl, a row a step."""
     folder, log, (context, dtype) = args.out / "srt", args.out / "srt.jsonl", autocast(device)
     betas, decay = (0.9, 0.95), 1e-4
     optimizer = torch.optim.AdamW(
@@ -137,7 +140,7 @@ def train(model, tokenizer, tuples, args, device):
     history = load_state(folder, log, **state)
     rng, batches = random.Random(args.seed), []
     for _ in range(args.epochs):
-        order = rng.sample(tuples, len(tuples))
+        order = rng.sample(kept, len(kept))
         batches += [order[b : b + args.batch_size] for b in range(0, len(order), args.batch_size)]
     model.train()
     if args.gradient_checkpointing:
@@ -145,7 +148,8 @@ def train(model, tokenizer, tuples, args, device):
     steps = len(batches)
     progress = tqdm(range(len(history), steps), "SRT", steps, initial=len(history), unit="step")
     for step in progress:
-        batch, loss = batches[step], 0.0
+        batch, loss = [row_at(path, place) for place in batches[step]], 0.0
+        batch = [sequence(row, tokenizer, args.p_r) for row in batch]
         n_revision = sum(len(revised) for _, _, revised in batch)
         n_generation = n_revision + sum(len(attempt) for _, attempt, _ in batch)
         for part in micro_batches(batch, length, args.micro_tokens):
@@ -175,10 +179,9 @@ def main(argv=None):
     args = parse(p, argv)
 
     # ---------------- answers to revise
-    began = time.time()
-    answers = list(read_jsonl(find(args, "verified.jsonl")))
+    began, verified = time.time(), find(args, "verified.jsonl")
     find(args, "base")
-    check_code(answers, args.allow_code)
+    check_code(read_jsonl(verified), args.allow_code)
     tokenizer, device = load_tokenizer(args.model), pick_device(args.device)
     check_prompt(args, tokenizer)
 
@@ -187,16 +190,17 @@ def main(argv=None):
     decides = "verified.jsonl base revisions_wrong revisions_right max_new_tokens temperature"
     if not already_made(args, "revisions.jsonl", decides):
         model = load_model(args.model, tokenizer, device)
-        collect(path, answers, model, tokenizer, args)
-        rows = list(read_jsonl(path))
-        verdicts = [row["revised_verdict"] for row in rows]
-        stop_if_ungraded(verdicts, rows, path)
-        counts = Counter(row["kept"] for row in rows)
+        collect(path, verified, model, tokenizer, args)
+        verdicts = (row["revised_verdict"] for row in read_jsonl(path))
+        stop_if_ungraded(verdicts, read_jsonl(path), path)
+        counts = Counter(row["kept"] for row in read_jsonl(path))
         finish(args, "revisions.jsonl", began, device, **counts)
-    path = find(args, "revisions.jsonl")
-    rows = list(read_jsonl(path))
-    kept = [row for row in rows if row["kept"] == "yes"]
-    print(f"{path}: kept {len(kept)} of {len(rows)}: {dict(Counter(row['kept'] for row in rows))}")
+    path, counts = find(args, "revisions.jsonl"), Counter()
+    kept = []  # places in the file
+    for place, row in places_jsonl(path):
+        counts[row["kept"]] += 1
+        kept += [place] * (row["kept"] == "yes")
+    print(f"{path}: kept {len(kept)} of {counts.total()}: {dict(counts)}")
     if not kept:
         die(f"{path}: nothing was verified correct: more problems, or a stronger base")
 
@@ -205,8 +209,7 @@ def main(argv=None):
         return
     began = time.time()
     model = model or load_model(args.model, tokenizer, device)
-    tuples = [sequence(row, tokenizer, args.p_r) for row in kept]
-    train(model, tokenizer, tuples, args, device)
+    train(model, tokenizer, path, kept, args, device)
     finish(args, "srt", began, device, tuples=len(kept))
 
 

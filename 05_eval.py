@@ -25,6 +25,7 @@ import html
 import json
 import math
 import time
+from argparse import BooleanOptionalAction
 
 import numpy as np
 import torch
@@ -43,8 +44,8 @@ from common import check_prompt, write_whole
 def evaluate(name, folder, problems, done, path, device, args):
     """A checkpoint's rows into the file `path`: n answers, revised once each, and a greedy one."""
     tokenizer = load_tokenizer(folder)
-    tasks = [(x, k) for k in range(-1, args.n) for x in problems]  # k = -1: greedy
-    if len(done) == len(tasks):
+    tasks = [(x, k) for k in range(-args.greedy, args.n) for x in problems]  # k = -1: greedy
+    if done == len(tasks):
         return
     model = load_model(folder, tokenizer, device)
     progress = tqdm(total=len(tasks), desc=name, unit="answer")
@@ -68,10 +69,11 @@ def evaluate(name, folder, problems, done, path, device, args):
             for (x, k), answer in zip(part, found):
                 rows.append({"checkpoint": name, **x, "sample": k, "greedy": greedy, **answer})
         sampled = [row for row in rows if not row["greedy"]]
-        prefixes = [reviser_prefix(row, tokenizer, args.p_r) for row in sampled]
-        part = [(row, row["sample"]) for row in sampled]
-        found = answers(part, prefixes, "eval revision", args.temperature, None)
-        for row, revision in zip(sampled, found):
+        asked = sampled if args.revise else []
+        prefixes = [reviser_prefix(row, tokenizer, args.p_r) for row in asked]
+        part = [(row, row["sample"]) for row in asked]
+        found = answers(part, prefixes, "eval revision", args.temperature, None) if asked else []
+        for row, revision in zip(asked, found):
             row |= {"p_r": args.p_r[row["reward"]], "revised": revision["response"]}
             row["revised_ids"] = revision["response_ids"]
             for field in ("finished", "reward", "verdict"):
@@ -157,6 +159,7 @@ def summarise(name, rows, p_r):
         (greedy if row["greedy"] else sampled).setdefault(row["id"], []).append(row)
     sampled, n = list(sampled.values()), len(next(iter(sampled.values())))
     math_only, once = all(row["kind"] == "math" for row in rows), []
+    revised = sampled if "revised_reward" in sampled[0][0] else []
     for of in sampled:
         vote = majority(of) if math_only else None
         once.append([{"pass": any(row["reward"] for row in of), "majority": vote}])
@@ -167,9 +170,9 @@ def summarise(name, rows, p_r):
         "greedy": rate(list(greedy.values()), lambda r: r["reward"]),
         "mean_tokens": rate(sampled, lambda r: len(r["response_ids"])),
         "finished": rate(sampled, lambda r: r["finished"]),
-        "revised_accuracy": rate(sampled, lambda r: r["revised_reward"]),
-        "correction_rate": rate(sampled, lambda r: None if r["reward"] else r["revised_reward"]),
-        "spoiling_rate": rate(sampled, lambda r: 1 - r["revised_reward"] if r["reward"] else None),
+        "revised_accuracy": rate(sampled, lambda r: r.get("revised_reward")),
+        "correction_rate": rate(revised, lambda r: None if r["reward"] else r["revised_reward"]),
+        "spoiling_rate": rate(revised, lambda r: 1 - r["revised_reward"] if r["reward"] else None),
         "phrases": rate(sampled, lambda r: sum(map(r["response"].count, p_r.values()))),
     }
     summary = {"checkpoint": name, "problems": len(sampled), "n": n}
@@ -248,7 +251,9 @@ def main(argv=None):
     p.add_argument("--limit", type=int, help="answer the first so many problems")
     names = ["base", "srt", "sd_zero", "sd_zero.best"]
     p.add_argument("--checkpoints", nargs="+", choices=names, help="none: the first three")
-    p.add_argument("--n", type=int, help="sampled answers a problem")
+    p.add_argument("--n", type=int, help="sampled answers a problem; else 8 for up to 50, or 1")
+    p.add_argument("--greedy", action=BooleanOptionalAction, help="a greedy answer, too")
+    p.add_argument("--revise", action=BooleanOptionalAction, help="each answer, once")
     p.add_argument("--max-new-tokens", type=int, help="longer answers are cut")
     p.add_argument("--temperature", type=float, default=1.0, help="of the sampled answers")
     p.add_argument("--batch-rows", type=int, help="answers sampled at once")
@@ -271,17 +276,19 @@ def main(argv=None):
     device = pick_device(args.device)
     for folder in folders.values():
         check_prompt(args, load_tokenizer(folder))
-    decides = "test_data split limit n max_new_tokens temperature"
+    args.n = args.n or (8 if len(problems) <= 50 else 1)
+    decides = "test_data split limit n greedy revise max_new_tokens temperature"
     already_made(args, "eval.jsonl", " ".join([decides, *folders]), problems, grows=True)
 
     # ---------------- answers, numbers, figures
     for name, folder in folders.items():
-        done = [row for row in read_jsonl(path, mend=True) if row["checkpoint"] == name]
+        done = sum(row["checkpoint"] == name for row in read_jsonl(path, mend=True))
         evaluate(name, folder, problems, done, path, device, args)
     rows = {}
     for row in read_jsonl(path):
         rows.setdefault(row["checkpoint"], []).append(row)
-    rows = {name: of for name, of in rows.items() if len(of) == len(problems) * (args.n + 1)}
+    whole = len(problems) * (args.n + args.greedy)
+    rows = {name: of for name, of in rows.items() if len(of) == whole}
     verdicts = [row["verdict"] for row in sum(rows.values(), [])]
     stop_if_ungraded(verdicts, problems, path)
     if fingerprint(path) != made["eval.jsonl"].get("id"):

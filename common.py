@@ -34,7 +34,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from data.files import append_jsonl, die, fingerprint, in_blocks, read_jsonl  # noqa: F401
-from data.files import remove, warn, write_whole
+from data.files import places_jsonl, remove, row_at, warn, write_whole  # noqa: F401
 from data.models import autocast, end_ids, load_model, load_tokenizer  # noqa: F401
 from data.models import pick_device, positions, save_model, special_ids  # noqa: F401
 from data.problems import load_problems, stop_if_ungraded  # noqa: F401
@@ -111,7 +111,9 @@ DEFAULTS = {  # stage and flag: (with an embedded model, with any other: the pap
     "04 --max-new-tokens": (320, 8_192),
     "04 --batch-rows": (384, 8),
     "05 --limit": (400, 500),
-    "05 --n": (4, 8),
+    "05 --n": (4, None),
+    "05 --greedy": (True, False),
+    "05 --revise": (True, False),
     "05 --max-new-tokens": (320, 32_768),
     "05 --batch-rows": (384, 2),
 }
@@ -148,7 +150,8 @@ def parse(p, argv):
     for action in p._actions:
         if pair := DEFAULTS.get(f"{p.get_default('stage')} {action.option_strings[0]}"):
             pairs[action.dest] = pair
-            action.help += f" (default: {pair[0] or '–'}; with --model: {pair[1]})"
+            small, paper = ("–" if value is None else value for value in pair)
+            action.help += f" (default: {small}; with --model: {paper})"
         elif action.default not in (None, False, argparse.SUPPRESS):
             action.help += " (default: %(default)s)"
     args = p.parse_args(argv)

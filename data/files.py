@@ -27,10 +27,22 @@ def append_jsonl(path, rows):
 
 def read_jsonl(path, mend=False):
     """Rows of a JSONL file, one by one; mend: there may be none, or a torn last line to cut."""
-    end = 0
+    for _, row in places_jsonl(path, mend):
+        yield row
+
+
+def row_at(path, place):
+    """The row that begins at a byte: so that files need not fit into memory."""
+    return next(places_jsonl(path, start=place))[1]
+
+
+def places_jsonl(path, mend=False, start=0):
+    """(the byte where it begins, row) of a JSONL file's rows; for mend see read_jsonl."""
+    end = start
     if mend and not path.exists():
         return
     with open(path, "rb") as f:
+        f.seek(start)
         for number, line in enumerate(f, 1):
             if mend and not line.endswith(b"\n"):
                 os.truncate(path, end)
@@ -39,24 +51,23 @@ def read_jsonl(path, mend=False):
             if not line.strip():
                 continue
             try:
-                yield {**json.loads(line.decode())}
+                yield end - len(line), {**json.loads(line.decode())}
             except (ValueError, TypeError, RecursionError) as e:
                 die(f"{path}:{number}: no JSON object in UTF-8 ({e}); mend or remove the line")
 
 
 def in_blocks(path, done, tasks, size, progress):
-    """(block of tasks, rows of those before it, a list for the caller to fill with rows), in turn.
+    """(block of tasks, number of those before it, a list for the caller to fill), in turn.
 
-    They are appended to `path`, where an earlier try left the rows `done`. A block that it left
+    These rows are appended to `path`, where an earlier try left `done` rows. A block that it left
     unfinished is made again as a whole, so that every answer has the same neighbours and rounding.
     """
-    start = len(done) // size * size if len(done) < len(tasks) else len(tasks)
+    start = done // size * size if done < len(tasks) else len(tasks)
     progress.initial = progress.n = start
     for b in range(start, len(tasks), size):
         rows = []
-        yield tasks[b : b + size], done[:b], rows
-        append_jsonl(path, rows[max(0, len(done) - b) :])
-        done = done[:b] + rows
+        yield tasks[b : b + size], b, rows
+        append_jsonl(path, rows[max(0, done - b) :])
     progress.close()
 
 

@@ -93,12 +93,13 @@ MISSING = {
 def check_code(records, allow_code):
     """Programs run only if --allow-code was given, in what it names, and if that works here."""
     global _kind
-    if not any(record["kind"] == "code" for record in records):
+    languages = {record.get("language") for record in records if record["kind"] == "code"}
+    if not languages:
         return
     if not allow_code:
         how = "running what the model writes, in a sandbox; give --allow-code to all stages"
         die(f'problems of kind "code" are graded by {how}')
-    if any(record.get("language") == "cpp" for record in records) and not COMPILER:
+    if "cpp" in languages and not COMPILER:
         die("programs in C++ cannot be graded without g++: apt install g++")
     _kind, works = allow_code, False
     with suppress(OSError):

@@ -273,8 +273,9 @@ def test_help_shows_both_defaults_and_every_flag_of_the_readmes_commands(stages,
         with pytest.raises(SystemExit):
             stage.main(["--help"])
         said = " ".join(capsys.readouterr().out.split()).replace("- ", "-")
-        for name, (small, paper) in common.DEFAULTS.items():
-            shown = f"(default: {small or '–'}; with --model: {paper})" in said
+        for name, pair in common.DEFAULTS.items():
+            small, paper = ("–" if value is None else value for value in pair)
+            shown = f"(default: {small}; with --model: {paper})" in said
             assert shown or not name.startswith(f"0{i}"), name
         for flags in re.findall(rf"python 0{i}_\w+\.py([^&\n#]*)", readme):
             assert {*re.findall(r"--[a-z-]+", flags)} <= {*re.findall(r"--[a-z-]+", said)}, flags

@@ -8,15 +8,35 @@ false where the answer was cut.
 
     python 01_generate.py
     python 01_generate.py --model Qwen/Qwen3-4B-Instruct-2507 --out runs/qwen
+    python 01_generate.py --model Qwen/Qwen3-4B-Instruct-2507 --answers from_a_cluster.jsonl
 """
 
+import json
 import time
+from collections import Counter
 
 from tqdm import tqdm
 
 from common import arguments, already_made, find, finish, parse, run_stage
 from common import end_ids, load_model, load_problems, load_tokenizer, pick_device, prompt_ids
-from common import in_blocks, read_jsonl, row_seed, sample
+from common import die, in_blocks, read_jsonl, row_seed, sample, turn_end, write_whole
+
+
+def sampled_elsewhere(file, problems, tokenizer):
+    """Rows from what other software sampled: {id, response}, and `finished` if some were cut.
+
+    The token ids are what the tokenizer makes of the text, which may differ from those sampled.
+    """
+    problems, count = {x["id"]: x for x in problems}, Counter()
+    end = turn_end(tokenizer) or [tokenizer.eos_token_id]
+    for number, row in enumerate(read_jsonl(file), 1):
+        name, text, finished = row.get("id"), row.get("response"), row.get("finished", True)
+        if name not in problems or not isinstance(text, str):
+            die(f"{file}:{number}: 'response' is no text, or 'id' is of no problem: {name!r:.60}")
+        y = tokenizer(text, add_special_tokens=False)["input_ids"] + end * finished
+        answer = {"sample": count[name], "response": text, "response_ids": y}
+        count[name] += 1
+        yield {**problems[name], **answer, "finished": finished}
 
 
 def main(argv=None):
@@ -24,6 +44,7 @@ def main(argv=None):
     p.add_argument("--split", default="train", help="split of --data")
     p.add_argument("--limit", type=int, help="answer the first so many problems")
     p.add_argument("--n", type=int, default=1, help="answers a problem")
+    p.add_argument("--answers", metavar="FILE", help="JSONL of {id, response}, sampled elsewhere")
     p.add_argument("--max-new-tokens", type=int, help="longer answers are cut")
     p.add_argument("--temperature", type=float, default=1.0, help="0: greedy; the paper has 0.7")
     p.add_argument("--batch-rows", type=int, help="answers sampled at once")
@@ -36,9 +57,13 @@ def main(argv=None):
     tokenizer, device = load_tokenizer(args.model), pick_device(args.device)
     prompts = {x["id"]: prompt_ids(tokenizer, x["problem"]) for x in problems}
     args.run["prompt"] = tokenizer.decode(prompts[problems[0]["id"]])
-    decides = "base split limit n max_new_tokens temperature"
+    decides = "base split limit n answers max_new_tokens temperature"
     if already_made(args, "responses.jsonl", decides, problems):
         return
+    if args.answers:
+        rows = list(sampled_elsewhere(args.answers, problems, tokenizer))
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+        return finish(args, "responses.jsonl", began, "elsewhere", answers=len(rows))
 
     # ---------------- answers
     model = load_model(args.model, tokenizer, device)

@@ -5,6 +5,7 @@ laid end to end. Files, models and problems are read and written by data/*.py.
 """
 
 import argparse
+import copy
 import errno
 import hashlib
 import json
@@ -30,13 +31,13 @@ import torch.nn.functional as F
 import transformers
 from filelock import FileLock, Timeout
 from markdown_it import MarkdownIt
-from transformers import Cache
+from transformers import Cache, ContinuousBatchingConfig, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
 from data.files import append_jsonl, die, fingerprint, in_blocks, read_jsonl  # noqa: F401
 from data.files import places_jsonl, remove, row_at, warn, write_whole  # noqa: F401
 from data.models import autocast, end_ids, load_model, load_tokenizer  # noqa: F401
-from data.models import pick_device, positions, save_model, special_ids  # noqa: F401
+from data.models import pick_device, positions, save_model, special_ids, turn_end  # noqa: F401
 from data.problems import load_problems, stop_if_ungraded  # noqa: F401
 from data.sandbox import PYTHON, check_code, run_inside  # noqa: F401
 
@@ -96,11 +97,11 @@ DEFAULTS = {  # stage and flag: (with an embedded model, with any other: the pap
     "01 --data": (str(HERE / "data"), "open-r1/OpenR1-Math-220k"),
     "01 --limit": (1500, 10_000),
     "01 --max-new-tokens": (320, 16_384),
-    "01 --batch-rows": (384, 8),
+    "01 --batch-rows": (384, 64),
     "03 --revisions-wrong": (4, 3),
     "03 --revisions-right": (1, 3),
     "03 --max-new-tokens": (320, 16_384),
-    "03 --batch-rows": (384, 8),
+    "03 --batch-rows": (384, 64),
     "03 --lr": (8e-4, 5e-6),
     "03 --batch-size": (32, 8),
     "04 --limit": (None, 9_000),
@@ -109,13 +110,13 @@ DEFAULTS = {  # stage and flag: (with an embedded model, with any other: the pap
     "04 --warm-up": (5, 20),
     "04 --batch-size": (64, 128),
     "04 --max-new-tokens": (320, 8_192),
-    "04 --batch-rows": (384, 8),
+    "04 --batch-rows": (384, 64),
     "05 --limit": (400, 500),
     "05 --n": (4, None),
     "05 --greedy": (True, False),
     "05 --revise": (True, False),
     "05 --max-new-tokens": (320, 32_768),
-    "05 --batch-rows": (384, 2),
+    "05 --batch-rows": (384, 64),
 }
 MAY_BE_0 = "seed", "temperature", "lr", "revisions_wrong", "revisions_right"
 
@@ -764,6 +765,35 @@ def draw(logits, temperature, uniform):
     return (~(cdf >= uniform * cdf[:, -1:])).sum(-1)
 
 
+@torch.no_grad()
+def sample_paged(model, prefixes, seeds, max_new_tokens, temperature=1.0, progress=None):
+    """sample() by transformers' continuous batching, for a GPU: cache by pages, no waiting.
+
+    Of a float32 model it samples from a copy in half precision, which goes when this returns. The
+    distribution is that of sample(), up to that precision; the answers are not the same twice.
+    """
+    dtype, room = autocast(model.device)[1], positions(model)
+    half = model if model.dtype == dtype else copy.deepcopy(model).to(dtype)
+    half.eval()
+    limit = max(1, min(max_new_tokens, room - max(map(len, prefixes))))
+    how = {"do_sample": temperature > 0, "temperature": temperature or 1.0, "top_k": 0}
+    how |= {"eos_token_id": end_ids(model), "pad_token_id": end_ids(model)[0]}
+    padding = half.get_output_embeddings().register_forward_hook(
+        lambda head, hidden, logits: logits[..., : model.vocabulary]
+    )
+    found = half.generate_batch(
+        [p[-room + 1 :] if len(p) >= room else p for p in prefixes],
+        GenerationConfig(**how, max_new_tokens=limit),
+        ContinuousBatchingConfig(seed=seeds[0] % 2**31, allow_block_sharing=True),
+    )
+    padding.remove()
+    if lost := [r.error for r in found.values() if r.error] or len(found) < len(prefixes):
+        raise RuntimeError(f"continuous batching lost answers: {lost}")
+    if progress is not None:
+        progress.update(len(prefixes))
+    return [r.generated_tokens for r in found.values()]
+
+
 @torch.no_grad()  # in inference_mode autocast keeps no copy of the weights, and casts at each token
 def sample(model, prefixes, seeds, max_new_tokens, temperature=1.0, batch_rows=384, progress=None):
     """One answer a prefix, as token ids, ended by an end token, or cut by max_new_tokens or where
@@ -774,6 +804,8 @@ def sample(model, prefixes, seeds, max_new_tokens, temperature=1.0, batch_rows=3
     last quarter waits while the next batch runs, and goes on with others of its kind: so a batch
     does not wait for its longest answers. 2 · batch_rows rows are in memory.
     """
+    if model.device.type == "cuda":
+        return sample_paged(model, prefixes, seeds, max_new_tokens, temperature, progress)
     was_training, ends, room = model.training, set(end_ids(model)), positions(model)
     model.eval()
     limits = [max(1, min(max_new_tokens, room - len(p))) for p in prefixes]

@@ -107,6 +107,11 @@ def problems():
     return common.load_problems(ROOT / "data", "train", 40)
 
 
+@pytest.fixture()
+def prompts(tokenizer, problems):
+    return [common.prompt_ids(tokenizer, x["problem"]) for x in problems[:12]]
+
+
 @pytest.fixture(scope="session")
 def mini(stages, tmp_path_factory):
     """The folder of a run whose stages have all run in miniature; read only."""

@@ -16,16 +16,11 @@ import pytest
 import torch
 
 import common
-from common import last_boxed, prompt_ids, row_seed, sample, same_answer, verify
+from common import last_boxed, row_seed, sample, same_answer, verify
 from conftest import ROOT, SANDBOX, load, needs_sandbox, rows_of
 from data.problems import unusable
 
 digits, code = load("data/make_data.py"), load("data/make_code.py")
-
-
-@pytest.fixture()
-def prompts(tokenizer, problems):
-    return [prompt_ids(tokenizer, x["problem"]) for x in problems[:12]]
 
 
 # ---------------------------------------------------------------- sampling
@@ -136,6 +131,7 @@ def test_jsonl_keeps_token_ids_and_odd_text_and_loses_a_torn_line_only(tmp_path,
     common.append_jsonl(path, rows)
     whole = path.read_bytes()
     assert list(common.read_jsonl(path)) == rows
+    assert [common.row_at(path, place) for place, _ in common.places_jsonl(path)] == rows
     path.write_bytes(whole + b'{"id": "torn')
     assert list(common.read_jsonl(path, mend=True)) == rows and path.read_bytes() == whole
     path.write_bytes(whole + b'{"id": "torn\n')

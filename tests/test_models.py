@@ -4,7 +4,10 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from importlib.util import find_spec
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -66,6 +69,21 @@ def test_the_padding_of_a_vocabulary_is_never_sampled(model, tokenizer, tmp_path
     for temperature in (0.0, 1.0):
         answers = common.sample(padded, [prompt] * 40, range(40), 20, temperature)
         assert max(map(max, answers)) < 400
+
+
+def test_continuous_batching_gives_greedy_answers_no_padding_and_the_same_ends(
+    model, prompts, monkeypatch
+):
+    """What samples on a GPU, tried on the CPU."""
+    small = partial(common.ContinuousBatchingConfig, num_blocks=64, page_size=64)
+    monkeypatch.setattr(common, "ContinuousBatchingConfig", partial(small, max_batch_tokens=256))
+    whole = common.sample_paged(model, prompts, range(12), 60, 0.0)
+    assert whole == common.sample(model, prompts, range(12), 60, 0.0)
+    assert {y[-1] in common.end_ids(model) for y in whole} == {True, False}
+    model.vocabulary = max(max(y) for y in whole)  # the largest that it says is padding now
+    bar = SimpleNamespace(update=Mock())
+    answers = common.sample_paged(model, prompts, range(12), 60, 1.0, bar)
+    assert max(max(y) for y in answers) < model.vocabulary and bar.update.call_args.args == (12,)
 
 
 def test_what_would_go_wrong_is_refused_in_one_line(build, capsys, tmp_path, monkeypatch):

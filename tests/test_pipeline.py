@@ -248,6 +248,34 @@ def test_steps_without_a_finite_gradient_are_skipped_and_end_the_training(lab, t
     assert not (tmp_path / "srt.resume").exists() and not (tmp_path / "srt").exists()
 
 
+def test_answers_sampled_elsewhere_take_the_place_of_our_own(lab, mini, tmp_path):
+    file, ours = tmp_path / "answers.jsonl", rows_of(mini / "responses.jsonl")
+    fields = "id", "response", "finished"
+    common.append_jsonl(file, [{name: row[name] for name in fields} for row in ours])
+    lab.run(1, "--answers", file)
+    rows = rows_of(tmp_path / "responses.jsonl")
+    assert [row.keys() for row in rows] == [row.keys() for row in ours]
+    end = common.load_tokenizer(ROOT / "data/base").eos_token_id
+    for row, own in zip(rows, ours, strict=True):
+        assert all(row[name] == own[name] for name in fields)
+        assert (row["response_ids"][-1] == end) == row["finished"]
+    lab.run(2)
+    assert [r["reward"] for r in rows_of(tmp_path / "verified.jsonl")] == [
+        r["reward"] for r in rows_of(mini / "verified.jsonl")
+    ]
+    common.append_jsonl(file, [{"id": "nobody", "response": "?"}])
+    assert ":25: 'response'" in lab.refused(1, "--answers", file, out=tmp_path / "other")
+
+
+def test_an_evaluation_without_greedy_answers_and_revisions(lab, tmp_path):
+    lab.part_of_mini(*ALL[:1])
+    lab.run(5, "--no-greedy", "--no-revise", "--checkpoints", "base")
+    rows = rows_of(tmp_path / "eval.jsonl")
+    assert len(rows) == 12 and not any(row["greedy"] or "revised" in row for row in rows)
+    (summary,) = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["greedy"] is None is summary["revised_accuracy"] and summary["accuracy"] >= 0
+
+
 def test_rewards_that_are_mostly_errors_end_a_stage(lab, stages, monkeypatch):
     lab.part_of_mini(*ALL[:1])
     monkeypatch.setattr(stages[2], "verify_all", lambda rows, _: [(0, "error", "1")] * len(rows))

@@ -5,7 +5,6 @@ laid end to end. Files, models and problems are read and written by data/*.py.
 """
 
 import argparse
-import copy
 import errno
 import hashlib
 import json
@@ -31,13 +30,14 @@ import torch.nn.functional as F
 import transformers
 from filelock import FileLock, Timeout
 from markdown_it import MarkdownIt
-from transformers import Cache, ContinuousBatchingConfig, GenerationConfig
+from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from data.files import append_jsonl, die, fingerprint, in_blocks, read_jsonl  # noqa: F401
-from data.files import places_jsonl, remove, row_at, warn, write_whole  # noqa: F401
+from data.files import append_jsonl, die, fingerprint, in_blocks, load_state, read_jsonl  # noqa: F401
+from data.files import places_jsonl, remove, row_at, save_state, warn, write_whole  # noqa: F401
 from data.models import autocast, end_ids, load_model, load_tokenizer  # noqa: F401
-from data.models import pick_device, positions, save_model, special_ids, turn_end  # noqa: F401
+from data.models import pick_device, positions, sample_paged, save_model  # noqa: F401
+from data.models import special_ids, turn_end  # noqa: F401
 from data.problems import load_problems, stop_if_ungraded  # noqa: F401
 from data.sandbox import PYTHON, check_code, run_inside  # noqa: F401
 
@@ -183,6 +183,7 @@ MADE_BY = {  # in order; "base" is the model that a run starts from
 
 
 _today = time.strftime("%Y-%m-%d")  # or the run's, once there is one
+NOW = r"""strftime_now\((['"])(.*?)\1\)"""  # in templates that write it
 
 
 def read_run(folder):
@@ -317,9 +318,6 @@ def finish(args, name, began, device, **counts):
 
 
 # ---------------------------------------------------------------- prompts: nowhere else
-
-
-NOW = r"""strftime_now\((['"])(.*?)\1\)"""
 
 
 def prompt_ids(tokenizer, problem):
@@ -676,29 +674,6 @@ def log_step(path, history, row, progress):
         warn(f"{path}: step {row['step']} has no finite gradient and is skipped")
 
 
-def save_state(folder, step, **parts):
-    """What training needs to go on after `step` steps, in {folder}.resume: modules and the like."""
-    state = {name: part.state_dict() for name, part in parts.items()}
-    with open(f"{folder}.resume.part", "wb") as f:
-        torch.save({"step": step, **state}, f)
-    os.replace(f"{folder}.resume.part", f"{folder}.resume")
-
-
-def load_state(folder, log, **parts):
-    """Undo save_state(), if it was called; returns the log's rows of the steps done, no others."""
-    path, step = Path(f"{folder}.resume"), 0
-    if path.exists():
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        step = state["step"]
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-    rows = list(read_jsonl(log, mend=True))[:step] if step else []
-    if len(rows) < step:
-        die(f"{log} has {len(rows)} of {step} steps: remove {path}, and the training starts again")
-    write_whole(log, "".join(json.dumps(row) + "\n" for row in rows))
-    return rows
-
-
 # ---------------------------------------------------------------- sampling
 
 
@@ -754,44 +729,13 @@ def gather(pieces, T):
 
 
 def draw(logits, temperature, uniform):
-    """One token a row, [B, V] → [B]: where the distribution function passes uniform [B, 1].
-
-    V, which is none, where the logits are not finite.
-    """
+    """One token a row, [B, V] → [B]: where the distribution function passes uniform [B, 1]; where
+    logits are not finite V, which is none."""
     if temperature == 0:  # the likeliest
         best, token = logits.max(-1)
         return token.where(best.isfinite(), logits.shape[-1])
     cdf = (logits.float() / temperature).softmax(-1).cumsum(-1)
     return (~(cdf >= uniform * cdf[:, -1:])).sum(-1)
-
-
-@torch.no_grad()
-def sample_paged(model, prefixes, seeds, max_new_tokens, temperature=1.0, progress=None):
-    """sample() by transformers' continuous batching, for a GPU: cache by pages, no waiting.
-
-    Of a float32 model it samples from a copy in half precision, which goes when this returns. The
-    distribution is that of sample(), up to that precision; the answers are not the same twice.
-    """
-    dtype, room = autocast(model.device)[1], positions(model)
-    half = model if model.dtype == dtype else copy.deepcopy(model).to(dtype)
-    half.eval()
-    limit = max(1, min(max_new_tokens, room - max(map(len, prefixes))))
-    how = {"do_sample": temperature > 0, "temperature": temperature or 1.0, "top_k": 0}
-    how |= {"eos_token_id": end_ids(model), "pad_token_id": end_ids(model)[0]}
-    padding = half.get_output_embeddings().register_forward_hook(
-        lambda head, hidden, logits: logits[..., : model.vocabulary]
-    )
-    found = half.generate_batch(
-        [p[-room + 1 :] if len(p) >= room else p for p in prefixes],
-        GenerationConfig(**how, max_new_tokens=limit),
-        ContinuousBatchingConfig(seed=seeds[0] % 2**31, allow_block_sharing=True),
-    )
-    padding.remove()
-    if lost := [r.error for r in found.values() if r.error] or len(found) < len(prefixes):
-        raise RuntimeError(f"continuous batching lost answers: {lost}")
-    if progress is not None:
-        progress.update(len(prefixes))
-    return [r.generated_tokens for r in found.values()]
 
 
 @torch.no_grad()  # in inference_mode autocast keeps no copy of the weights, and casts at each token

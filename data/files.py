@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 
@@ -93,3 +94,26 @@ def fingerprint(path):
         with open(file, "rb") as f:
             digest.update(hashlib.file_digest(f, "sha256").digest())
     return digest.hexdigest()[:16]
+
+
+def save_state(folder, step, **parts):
+    """What training needs to go on after `step` steps, in {folder}.resume: modules and the like."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    with open(f"{folder}.resume.part", "wb") as f:
+        torch.save({"step": step, **state}, f)
+    os.replace(f"{folder}.resume.part", f"{folder}.resume")
+
+
+def load_state(folder, log, **parts):
+    """Undo save_state(), if it was called; returns the log's rows of the steps done, no others."""
+    path, step = Path(f"{folder}.resume"), 0
+    if path.exists():
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        step = state["step"]
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    rows = list(read_jsonl(log, mend=True))[:step] if step else []
+    if len(rows) < step:
+        die(f"{log} has {len(rows)} of {step} steps: remove {path}, and the training starts again")
+    write_whole(log, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows

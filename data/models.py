@@ -1,5 +1,6 @@
 """Models: devices, loading, saving, and what is refused because it would break later."""
 
+import copy
 import math
 import os
 from importlib.util import find_spec
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import common
@@ -189,3 +191,32 @@ def positions(model):
     if rope.get("rope_type") in ("longrope", "dynamic"):
         most = min(most, rope.get("original_max_position_embeddings") or most)
     return most
+
+
+@torch.no_grad()
+def sample_paged(model, prefixes, seeds, max_new_tokens, temperature=1.0, progress=None):
+    """sample() by transformers' continuous batching, for a GPU: cache by pages, no waiting.
+
+    Of a float32 model it samples from a copy in half precision, which goes when this returns. The
+    distribution is that of sample(), up to that precision; the answers are not the same twice.
+    """
+    dtype, room = autocast(model.device)[1], positions(model)
+    half = model if model.dtype == dtype else copy.deepcopy(model).to(dtype)
+    half.eval()
+    limit = max(1, min(max_new_tokens, room - max(map(len, prefixes))))
+    how = {"do_sample": temperature > 0, "temperature": temperature or 1.0, "top_k": 0}
+    how |= {"eos_token_id": end_ids(model), "pad_token_id": end_ids(model)[0]}
+    padding = half.get_output_embeddings().register_forward_hook(
+        lambda head, hidden, logits: logits[..., : model.vocabulary]
+    )
+    found = half.generate_batch(
+        [p[-room + 1 :] if len(p) >= room else p for p in prefixes],
+        GenerationConfig(**how, max_new_tokens=limit),
+        ContinuousBatchingConfig(seed=seeds[0] % 2**31, allow_block_sharing=True),
+    )
+    padding.remove()
+    if lost := [r.error for r in found.values() if r.error] or len(found) < len(prefixes):
+        raise RuntimeError(f"continuous batching lost answers: {lost}")
+    if progress is not None:
+        progress.update(len(prefixes))
+    return [r.generated_tokens for r in found.values()]

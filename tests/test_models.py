@@ -75,8 +75,10 @@ def test_continuous_batching_gives_greedy_answers_no_padding_and_the_same_ends(
     model, prompts, monkeypatch
 ):
     """What samples on a GPU, tried on the CPU."""
-    small = partial(common.ContinuousBatchingConfig, num_blocks=64, page_size=64)
-    monkeypatch.setattr(common, "ContinuousBatchingConfig", partial(small, max_batch_tokens=256))
+    small = partial(transformers.ContinuousBatchingConfig, num_blocks=64, page_size=64)
+    monkeypatch.setattr(
+        "data.models.ContinuousBatchingConfig", partial(small, max_batch_tokens=256)
+    )
     whole = common.sample_paged(model, prompts, range(12), 60, 0.0)
     assert whole == common.sample(model, prompts, range(12), 60, 0.0)
     assert {y[-1] in common.end_ids(model) for y in whole} == {True, False}

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from common import arguments, already_made, die, find, finish, parse, read_jsonl, run_stage
 from common import autocast, end_ids, load_model, load_tokenizer, pick_device, save_model
 from common import backward_through_head, completion_hidden, log_step, micro_batches, update
-from common import check_code, check_prompt, stop_if_ungraded, verify_all
+from common import check_code, check_memory, check_prompt, stop_if_ungraded, verify_all
 from common import in_blocks, load_state, prompt_ids, revision_ids, row_seed, sample, save_state
 from common import places_jsonl, row_at
 
@@ -184,6 +184,7 @@ def main(argv=None):
     check_code(read_jsonl(verified), args.allow_code)
     tokenizer, device = load_tokenizer(args.model), pick_device(args.device)
     check_prompt(args, tokenizer)
+    check_memory(args.model, device)
 
     # ---------------- collect and filter
     model, path = None, args.out / "revisions.jsonl"

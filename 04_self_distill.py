@@ -25,7 +25,7 @@ from contextlib import nullcontext
 import torch
 from tqdm import tqdm
 
-from common import check_prompt
+from common import check_memory, check_prompt
 from common import arguments, already_made, die, find, finish, parse, read_jsonl, run_stage, warn
 from common import autocast, end_ids, load_model, load_tokenizer, pick_device, positions, save_model
 from common import backward_through_head, completion_hidden, log_step, micro_batches, update
@@ -187,6 +187,7 @@ def main(argv=None):
     start, used = find(args, args.start), set()
     tokenizer, device = load_tokenizer(start), pick_device(args.device)
     check_prompt(args, tokenizer)
+    check_memory(start, device, not args.offload_teacher)
 
     # ---------------- problems that phase 1 did not use
     for row in read_jsonl(find(args, "responses.jsonl")):

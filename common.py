@@ -37,7 +37,7 @@ from data.files import append_jsonl, die, fingerprint, in_blocks, load_state, re
 from data.files import places_jsonl, remove, row_at, save_state, warn, write_whole  # noqa: F401
 from data.models import autocast, end_ids, load_model, load_tokenizer  # noqa: F401
 from data.models import pick_device, positions, sample_paged, save_model  # noqa: F401
-from data.models import special_ids, turn_end  # noqa: F401
+from data.models import check_memory, special_ids, turn_end  # noqa: F401
 from data.problems import load_problems, stop_if_ungraded  # noqa: F401
 from data.sandbox import PYTHON, check_code, run_inside  # noqa: F401
 

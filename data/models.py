@@ -139,6 +139,34 @@ def load_model(name, tokenizer, device, dtype=torch.float32):
     return model
 
 
+def check_memory(name, device, teacher_on_device=False):
+    """Says what training takes, by formula, before anything is loaded; dies where it cannot fit.
+
+    Of n parameters in bytes: weights 4n, gradients 4n, Adam 8n; on a GPU, in half precision, the
+    teacher 2n, and while sampling, when there are no gradients, a copy 2n. Activations come on top.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception:  # an adapter, or what load_model() will tell
+        return
+    refuse(name, config)
+    with torch.device("meta"):  # shapes only
+        n = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    else:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    teacher = teacher_on_device * (2 if device.type == "cuda" else 4) * n
+    said = f"{n / 1e9:.1f}B parameters: training takes {(16 * n + teacher) / 1e9:.0f} GB and its"
+    said += f" activations, of {there / 1e9:.0f} GB"
+    if 16 * n > there:
+        die(f"model {name}: {said}; no flag mends that: a smaller model, or a larger device")
+    if 16 * n + teacher > 0.9 * there:
+        warn(f"{said}; --offload-teacher and --gradient-checkpointing take less")
+    elif n > 1e8:
+        print(said)
+
+
 def cap_outside(model):
     """Soft-capped logits (Gemma 2): the head itself caps them, so that chunks of them are, too."""
     config = model.config.get_text_config()

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -104,6 +105,20 @@ def test_what_would_go_wrong_is_refused_in_one_line(build, capsys, tmp_path, mon
             load(folder)
         error = capsys.readouterr().err
         assert says in error and error.count("error: ") == 1, (says, error)
+
+
+def test_what_training_takes_is_said_before_anything_is_loaded(build, monkeypatch, capsys):
+    folder = build("Llama", {"tie_word_embeddings": False})
+    n = sum(p.numel() for p in load(folder).parameters())
+    for there, teacher, says in ((15.9, False, "no flag mends"), (18, True, "--offload-teacher")):
+        memory = {"SC_PAGE_SIZE": n, "SC_PHYS_PAGES": there}
+        monkeypatch.setattr("data.models.os.sysconf", memory.get)
+        with suppress(SystemExit):
+            common.check_memory(folder, CPU, teacher)
+        assert says in capsys.readouterr().err
+    monkeypatch.setattr("data.models.os.sysconf", {"SC_PAGE_SIZE": n, "SC_PHYS_PAGES": 23}.get)
+    common.check_memory(folder, CPU, True)
+    assert capsys.readouterr().err == ""
 
 
 def test_the_head_caps_logits_as_the_model_does_and_so_does_a_saved_copy(build, tmp_path):

@@ -8,18 +8,28 @@ false where the answer was cut.
 
     python 01_generate.py
     python 01_generate.py --model Qwen/Qwen3-4B-Instruct-2507 --out runs/qwen
-    python 01_generate.py --model Qwen/Qwen3-4B-Instruct-2507 --answers from_a_cluster.jsonl
+    python 01_generate.py --model Qwen/Qwen3-4B-Instruct-2507 --out runs/qwen \\
+        --answers from_a_cluster.jsonl
 """
 
 import json
 import time
 from collections import Counter
+from pathlib import Path
 
 from tqdm import tqdm
 
 from common import arguments, already_made, find, finish, parse, run_stage
-from common import end_ids, load_model, load_problems, load_tokenizer, pick_device, prompt_ids
-from common import die, in_blocks, read_jsonl, row_seed, sample, turn_end, write_whole
+from common import (
+    autocast,
+    end_ids,
+    load_model,
+    load_problems,
+    load_tokenizer,
+    pick_device,
+    prompt_ids,
+)
+from common import die, fingerprint, in_blocks, read_jsonl, row_seed, sample, turn_end, write_whole
 
 
 def sampled_elsewhere(file, problems, tokenizer):
@@ -30,7 +40,8 @@ def sampled_elsewhere(file, problems, tokenizer):
     problems, count = {x["id"]: x for x in problems}, Counter()
     end = turn_end(tokenizer) or [tokenizer.eos_token_id]
     for number, row in enumerate(read_jsonl(file), 1):
-        name, text, finished = row.get("id"), row.get("response"), row.get("finished", True)
+        name, text = str(row.get("id")), row.get("response")
+        finished = row.get("finished") is not False
         if name not in problems or not isinstance(text, str):
             die(f"{file}:{number}: 'response' is no text, or 'id' is of no problem: {name!r:.60}")
         y = tokenizer(text, add_special_tokens=False)["input_ids"] + end * finished
@@ -49,6 +60,9 @@ def main(argv=None):
     p.add_argument("--temperature", type=float, default=1.0, help="0: greedy; the paper has 0.7")
     p.add_argument("--batch-rows", type=int, help="answers sampled at once")
     args = parse(p, argv)
+    if args.answers and not Path(args.answers).is_file():
+        die(f"--answers {args.answers} is no file")
+    args.answers_id = args.answers and fingerprint(args.answers)
 
     # ---------------- problems
     began, path = time.time(), args.out / "responses.jsonl"
@@ -57,16 +71,18 @@ def main(argv=None):
     tokenizer, device = load_tokenizer(args.model), pick_device(args.device)
     prompts = {x["id"]: prompt_ids(tokenizer, x["problem"]) for x in problems}
     args.run["prompt"] = tokenizer.decode(prompts[problems[0]["id"]])
-    decides = "base split limit n answers max_new_tokens temperature"
+    decides = "base split limit n answers_id max_new_tokens temperature"
     if already_made(args, "responses.jsonl", decides, problems):
         return
     if args.answers:
         rows = list(sampled_elsewhere(args.answers, problems, tokenizer))
+        if not rows:
+            die(f"{args.answers} holds no answer")
         write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
         return finish(args, "responses.jsonl", began, "elsewhere", answers=len(rows))
 
     # ---------------- answers
-    model = load_model(args.model, tokenizer, device)
+    model = load_model(args.model, tokenizer, device, autocast(device)[1])
     tasks = [(x, k) for x in problems for k in range(args.n)]
     done = sum(1 for _ in read_jsonl(path, mend=True))
     progress = tqdm(total=len(tasks), desc="generate", unit="answer")

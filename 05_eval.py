@@ -1,7 +1,7 @@
 """Stage 5 of SD-Zero: did it learn, and what?
 
-base, srt/ and sd_zero/, those that there are, answer the test problems, verify, and revise each of
-their own answers once (generate-then-revise).
+base, srt/ and sd_zero/, those that there are, answer the test problems, verify, and, with --revise,
+revise each of their sampled answers once (generate-then-revise).
 
 → eval.jsonl     a row an answer: fields of 01, 02, and, for its revision, 03; {checkpoint, greedy};
                  sample -1 is greedy. Sample 0 has, a number a token, kl = KL(π(· | x, y_<t) ‖ π(· |
@@ -47,7 +47,7 @@ def evaluate(name, folder, problems, done, path, device, args):
     tasks = [(x, k) for k in range(-args.greedy, args.n) for x in problems]  # k = -1: greedy
     if done == len(tasks):
         return
-    model = load_model(folder, tokenizer, device)
+    model = load_model(folder, tokenizer, device, autocast(device)[1])
     progress = tqdm(total=len(tasks), desc=name, unit="answer")
 
     def answers(tasks, prefixes, what, temperature, bar):
@@ -251,9 +251,11 @@ def main(argv=None):
     p.add_argument("--limit", type=int, help="answer the first so many problems")
     names = ["base", "srt", "sd_zero", "sd_zero.best"]
     p.add_argument("--checkpoints", nargs="+", choices=names, help="none: the first three")
-    p.add_argument("--n", type=int, help="sampled answers a problem; else 8 for up to 50, or 1")
-    p.add_argument("--greedy", action=BooleanOptionalAction, help="a greedy answer, too")
-    p.add_argument("--revise", action=BooleanOptionalAction, help="each answer, once")
+    p.add_argument("--n", type=int, help="sampled answers per problem; –: 8 for up to 50, or 1")
+    p.add_argument("--greedy", action=BooleanOptionalAction, help="also a greedy answer")
+    p.add_argument(
+        "--revise", action=BooleanOptionalAction, help="have each sampled answer revised"
+    )
     p.add_argument("--max-new-tokens", type=int, help="longer answers are cut")
     p.add_argument("--temperature", type=float, default=1.0, help="of the sampled answers")
     p.add_argument("--batch-rows", type=int, help="answers sampled at once")

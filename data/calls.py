@@ -2,8 +2,8 @@
 
     calls.py PROGRAM SECONDS < [[function, args, kwargs], ...]
 
-There a tuple is a list, and a key is text; of numpy's arrays and numbers, Fraction and Decimal it
-is the value. What else JSON lacks, as a set or an object of the program's own, is no value: wrong.
+Tuples become lists, keys text; numpy's arrays and numbers, Fraction and Decimal plain lists and
+numbers. Anything else that JSON lacks, as a set or an object, ends this: the answer is wrong.
 """
 
 import json

@@ -26,6 +26,9 @@ def pick_device(name):
     except (RuntimeError, AssertionError) as e:
         die(f"--device {name} cannot be used here: {str(e).splitlines()[0]}")
     if device.type == "cuda":
+        torch.cuda.set_device(device)
+        if not find_spec("flash_attn"):
+            warn("pip install flash-attn: without it sampling on a GPU is many times slower")
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
         # cuDNN's attention plans anew for each new shape, and sampling has one a token
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -52,7 +55,7 @@ def load_tokenizer(name):
         die(f"model {name}: no tokenizer with a chat template that works: {e}")
     if "1 + 1 = ?" not in text:
         die(f"model {name}: its chat template leaves the problem out: {text:.200}")
-    if "<think>" in text:
+    if "<think>" in text and "</think>" not in text:
         warn(
             f"model {name}: its template opens <think>; the paper's models answer without thinking"
         )
@@ -110,6 +113,9 @@ def load_model(name, tokenizer, device, dtype=torch.float32):
             model, info = AutoModelForCausalLM.from_pretrained(name, **how)
     except Exception as e:  # safetensors has its own, and a wrong config fails in many ways
         die(f"model {name}: no weights could be loaded: {e}")
+    refuse(name, model.config)  # an adapter's base, too
+    if getattr(model, "_hf_peft_config_loaded", False):
+        die(f"model {name} is an adapter: name a folder that holds it, and it is merged")
     if lost := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
         die(f"model {name}: {len(lost)} weights are missing or misshapen, {lost[0]} for one")
     layers = DynamicCache(config=model.config).layers
@@ -125,6 +131,8 @@ def load_model(name, tokenizer, device, dtype=torch.float32):
         die(f"model {name}: its end tokens {ends} are not special in its tokenizer")
     if ends != end_ids(model):
         model.generation_config.eos_token_id = ends
+    if model.generation_config.temperature is not None:
+        model.generation_config.do_sample = True  # else it cannot be saved
     model.vocabulary = 1 + max(tokenizer.get_vocab().values())  # what is behind it is padding
     cap_outside(model)
     if dropout_off(model):
@@ -147,22 +155,23 @@ def check_memory(name, device, teacher_on_device=False):
     """
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        refuse(name, config)
+        with torch.device("meta"):  # shapes only
+            n = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     except Exception:  # an adapter, or what load_model() will tell
         return
-    refuse(name, config)
-    with torch.device("meta"):  # shapes only
-        n = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     if device.type == "cuda":
         there = torch.cuda.get_device_properties(device).total_memory
     else:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     teacher = teacher_on_device * (2 if device.type == "cuda" else 4) * n
-    said = f"{n / 1e9:.1f}B parameters: training takes {(16 * n + teacher) / 1e9:.0f} GB and its"
-    said += f" activations, of {there / 1e9:.0f} GB"
+    said = f"{n / 1e9:.1f}B parameters: training takes {(16 * n + teacher) / 1e9:.0f} GB"
+    said += f" plus activations; there are {there / 1e9:.0f} GB"
     if 16 * n > there:
         die(f"model {name}: {said}; no flag mends that: a smaller model, or a larger device")
     if 16 * n + teacher > 0.9 * there:
-        warn(f"{said}; --offload-teacher and --gradient-checkpointing take less")
+        offload = "--offload-teacher or " if teacher else ""
+        warn(f"{said}; {offload}--gradient-checkpointing takes less")
     elif n > 1e8:
         print(said)
 
@@ -172,6 +181,8 @@ def cap_outside(model):
     config = model.config.get_text_config()
     if cap := getattr(config, "final_logit_softcapping", None):
         config.final_logit_softcapping, model.softcap = None, cap
+        if hasattr(model, "final_logit_softcapping"):
+            model.final_logit_softcapping = None
         head = model.get_output_embeddings()
         head.register_forward_hook(lambda head, h, logits: cap * torch.tanh(logits / cap))
 
@@ -229,22 +240,34 @@ def sample_paged(model, prefixes, seeds, max_new_tokens, temperature=1.0, progre
     distribution is that of sample(), up to that precision; the answers are not the same twice.
     """
     dtype, room = autocast(model.device)[1], positions(model)
-    half = model if model.dtype == dtype else copy.deepcopy(model).to(dtype)
+    # Parameters alone are cast: rope's frequencies, which are buffers, would lose their digits.
+    cast = {id(p): torch.nn.Parameter(p.to(dtype), False) for p in model.parameters()}
+    half = model if model.dtype == dtype else copy.deepcopy(model, cast)
+    was_training = half.training
     half.eval()
-    limit = max(1, min(max_new_tokens, room - max(map(len, prefixes))))
-    how = {"do_sample": temperature > 0, "temperature": temperature or 1.0, "top_k": 0}
+    how = {"do_sample": temperature > 0}
+    how |= {"temperature": temperature, "top_k": 0} if temperature else {}
     how |= {"eos_token_id": end_ids(model), "pad_token_id": end_ids(model)[0]}
     padding = half.get_output_embeddings().register_forward_hook(
         lambda head, hidden, logits: logits[..., : model.vocabulary]
     )
-    found = half.generate_batch(
-        [p[-room + 1 :] if len(p) >= room else p for p in prefixes],
-        GenerationConfig(**how, max_new_tokens=limit),
-        ContinuousBatchingConfig(seed=seeds[0] % 2**31, allow_block_sharing=True),
-    )
+    answers = [None] * len(prefixes)
+    limits = [max(1, min(max_new_tokens, room - len(p))) for p in prefixes]
+    for limit in sorted(set(limits)):  # one, but where the model's positions end
+        rows = [i for i in range(len(prefixes)) if limits[i] == limit]
+        prompts = [
+            prefixes[i] if room > len(prefixes[i]) else prefixes[i][1 - room :] for i in rows
+        ]
+        batching = ContinuousBatchingConfig(seed=seeds[rows[0]] % 2**31)
+        found = half.generate_batch(
+            prompts, GenerationConfig(**how, max_new_tokens=limit), batching
+        )
+        if failed := [r.error for r in found.values() if r.error is not None]:
+            raise RuntimeError(f"continuous batching: {failed[0]}")
+        for i, result in zip(rows, found.values(), strict=True):
+            answers[i] = result.generated_tokens
+        if progress is not None:
+            progress.update(len(rows))
     padding.remove()
-    if lost := [r.error for r in found.values() if r.error] or len(found) < len(prefixes):
-        raise RuntimeError(f"continuous batching lost answers: {lost}")
-    if progress is not None:
-        progress.update(len(prefixes))
-    return [r.generated_tokens for r in found.values()]
+    half.train(was_training)
+    return answers

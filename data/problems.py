@@ -45,7 +45,7 @@ def load_problems(source, split="train", limit=None, allow_code=False, seed=0):
         if len(problems) == limit:
             break
     for why, n in left_out.items():
-        print(f"{source}: left out {n} rows, each {why}")
+        print(f"{source}: left out {n} rows {why}")
     if not problems:
         die(f"--data: {path} has no row that can be graded")
     check_code(problems.values(), allow_code)
@@ -81,8 +81,8 @@ def unusable(row, before):
     if type(tolerance) not in (int, float) or not 0 <= tolerance < 1:
         return "whose 'tolerance' is no number from 0 to 1"
     seconds = row.get("time_limit") or 10
-    if type(seconds) not in (int, float) or not 0.1 <= seconds <= 3600:
-        return "whose 'time_limit' is no number of seconds from 0.1 to 3600"
+    if type(seconds) not in (int, float) or not 0.1 <= seconds <= 60:
+        return "whose 'time_limit' is no number of seconds from 0.1 to 60"
     return NO_COMPILER if language == "cpp" and not COMPILER else ""
 
 
@@ -100,7 +100,8 @@ def are_tests(tests):
         return False
     calls = [test for test in tests if test.get("call") is not None]
     for test in tests:
-        if calls and not (type(test.get("call")) is str and type(test.get("args")) is list):
+        call = test.get("call")
+        if calls and not (call and type(call) is str and type(test.get("args")) is list):
             return False
         if type(test.get("kwargs") or {}) is not dict:
             return False
@@ -139,7 +140,7 @@ def gsm8k(row):
     return {"problem": row["question"] + BOX, "answer": row["answer"].split("####")[-1]}
 
 
-UNFIT = "interactive, or with several right outputs, and no checker"
+UNFIT = "that are interactive, or have several right outputs and no checker"
 SEVERAL = r"(?i)\binteractive|interaction|in any order|\b(print|output|find|choose|give) any\b"
 SEVERAL += (
     r"|any of them|if there (are|is|exist) (several|multiple|many|more)|multiple (answers|sol)"
@@ -149,7 +150,7 @@ SEVERAL += (
 def contest(name, parts, tests, language):
     """A programming problem; tests: [{"input", "output"}, ...].
 
-    The first is an example, shown and not graded: a table of examples would pass it. What a
+    The first is an example, shown and not graded: else a table of the examples would pass. What a
     program must talk with, or answer in one of several ways, no such test can grade.
     """
     example = "".join(f"Example:\n{t['input']}\n→\n{t['output']}" for t in tests[:1])

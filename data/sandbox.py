@@ -40,9 +40,9 @@ _uids = itertools.count(200_000 + 1000 * (os.getpid() % 10_000))
 def run_inside(files, command, stdin="", seconds=10.0, memory=1 << 30, most=1 << 20):
     """(its output, "ok", "wrong", "timeout" or "output_limit") of a command.
 
-    files: {name: bytes}, in a folder that "{box}" stands for in the command. seconds: of CPU time,
-    a process; ten times as long in all, for it may have to share its core. memory: bytes a
-    process, a quarter of it for the stack. most: bytes of output.
+    files: {name: bytes}, in a folder that "{box}" stands for in the command. seconds: of CPU time
+    per process; the clock allows ten times that, at most 600, for it may have to share its core.
+    memory: bytes per process, a quarter of it for the stack. most: bytes of output.
     """
     root, shut_in, words = os.getuid() == 0, _kind == "bubblewrap", []
     uid, cpu = next(_uids), math.ceil(seconds)
@@ -83,8 +83,8 @@ INSTALL = (
     "Debian: apt install bubblewrap; Fedora: dnf install bubblewrap; Arch: pacman -S bubblewrap"
 )
 MISSING = {
-    "bubblewrap": f"bubblewrap does not run here ({INSTALL}; macOS: in a Linux container); what is "
-    "weaker is --allow-code=limits",
+    "bubblewrap": f"bubblewrap does not run here ({INSTALL}; macOS: in a Linux container); a "
+    "weaker alternative: --allow-code=limits",
     "limits": "no program runs here; it needs setpriv, prlimit and choom (util-linux), and as root "
     "a Python that others may run",
 }

@@ -89,6 +89,30 @@ def test_continuous_batching_gives_greedy_answers_no_padding_and_the_same_ends(
     assert max(max(y) for y in answers) < model.vocabulary and bar.update.call_args.args == (12,)
 
 
+def test_the_copy_that_samples_is_half_as_large_and_keeps_its_frequencies_whole(
+    model, prompts, monkeypatch
+):
+    seen = []
+
+    def generate_batch(half, prompts, config, _):
+        seen.append((half, config.max_new_tokens))
+        return {i: SimpleNamespace(error=None, generated_tokens=[i]) for i in range(len(prompts))}
+
+    monkeypatch.setattr("data.models.autocast", lambda device: (None, torch.bfloat16))
+    monkeypatch.setattr(type(model), "generate_batch", generate_batch)
+    long = [5] * (positions(model) - 3)
+    assert common.sample_paged(model, [prompts[0], long, prompts[1]], range(3), 60) == [
+        [0],
+        [0],
+        [1],
+    ]
+    assert [limit for _, limit in seen] == [3, 60]  # a long prompt cuts its own answer alone
+    half = seen[0][0]
+    assert half.dtype == torch.bfloat16 and model.dtype == torch.float32
+    assert half.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert half.get_input_embeddings().weight is half.get_output_embeddings().weight
+
+
 def test_what_would_go_wrong_is_refused_in_one_line(build, capsys, tmp_path, monkeypatch):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter/adapter_config.json").write_text("{}")
@@ -144,11 +168,12 @@ def test_dropout_of_a_configuration_is_off_in_training(build, capsys):
 
 def test_an_answer_ends_where_the_template_ends_a_turn(build):
     folder = build("Llama")
-    for name in ("config.json", "generation_config.json"):
+    for name, more in (("config.json", {}), ("generation_config.json", {"temperature": 0.6})):
         path = folder / name
-        path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": 0}))
-    end = common.load_tokenizer(folder).convert_tokens_to_ids("<|im_end|>")
-    assert common.end_ids(load(folder)) == [0, end]
+        path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": 0, **more}))
+    tokenizer, model = common.load_tokenizer(folder), load(folder)
+    assert common.end_ids(model) == [0, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    common.save_model(model, tokenizer, folder.parent / "saved")  # with that temperature
 
 
 def test_frequencies_that_change_with_the_length_bound_it(build, model):

@@ -232,6 +232,15 @@ def test_a_run_keeps_its_date_and_another_prompt_is_refused(monkeypatch, tmp_pat
     assert "prompts differ" in capsys.readouterr().err
 
 
+def test_a_template_that_opens_a_thought_is_said_and_one_that_closes_it_is_not(tmp_path, capsys):
+    tokenizer = common.load_tokenizer(ROOT / "data/base")
+    for end, said in (("<think>", True), ("<think></think>", False)):
+        tokenizer.chat_template = "{{ messages[0].content }}" + end
+        tokenizer.save_pretrained(tmp_path)
+        common.load_tokenizer(tmp_path)
+        assert ("<think>" in capsys.readouterr().err) == said
+
+
 def test_a_terminal_without_our_characters_and_a_full_memory_are_no_traceback():
     program = "import common, sys\nprint('x')\ncommon.run_stage(lambda: print('⟨1.4⟩ → ⏎'))\n"
     program += "def full():\n    raise MemoryError\ncommon.run_stage(full)"

@@ -20,16 +20,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common import arguments, already_made, find, finish, parse, run_stage
-from common import (
-    autocast,
-    end_ids,
-    load_model,
-    load_problems,
-    load_tokenizer,
-    pick_device,
-    prompt_ids,
-)
-from common import die, fingerprint, in_blocks, read_jsonl, row_seed, sample, turn_end, write_whole
+from common import autocast, end_ids, load_model, load_tokenizer, pick_device, prompt_ids
+from common import die, fingerprint, in_blocks, load_problems, read_jsonl, row_seed, sample
+from common import turn_end, write_whole
 
 
 def sampled_elsewhere(file, problems, tokenizer):

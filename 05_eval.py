@@ -42,7 +42,7 @@ from common import check_prompt, write_whole
 
 
 def evaluate(name, folder, problems, done, path, device, args):
-    """A checkpoint's rows into the file `path`: n answers, revised once each, and a greedy one."""
+    """A checkpoint's rows into the file `path`: n answers; as asked, a greedy one and revisions."""
     tokenizer = load_tokenizer(folder)
     tasks = [(x, k) for k in range(-args.greedy, args.n) for x in problems]  # k = -1: greedy
     if done == len(tasks):
@@ -244,18 +244,14 @@ def write_page(rows, tokenizer, path):
 
 def main(argv=None):
     p = arguments("05", __doc__)
-    p.add_argument(
-        "--test-data", help="problems, like 01's --data; none: the run's own, or MATH-500"
-    )
+    p.add_argument("--test-data", help="like 01's --data; none: the run's own, or MATH-500")
     p.add_argument("--split", default="test", help="split of the test data")
     p.add_argument("--limit", type=int, help="answer the first so many problems")
     names = ["base", "srt", "sd_zero", "sd_zero.best"]
     p.add_argument("--checkpoints", nargs="+", choices=names, help="none: the first three")
     p.add_argument("--n", type=int, help="sampled answers per problem; –: 8 for up to 50, or 1")
     p.add_argument("--greedy", action=BooleanOptionalAction, help="also a greedy answer")
-    p.add_argument(
-        "--revise", action=BooleanOptionalAction, help="have each sampled answer revised"
-    )
+    p.add_argument("--revise", action=BooleanOptionalAction, help="also revise what was sampled")
     p.add_argument("--max-new-tokens", type=int, help="longer answers are cut")
     p.add_argument("--temperature", type=float, default=1.0, help="of the sampled answers")
     p.add_argument("--batch-rows", type=int, help="answers sampled at once")

@@ -240,9 +240,10 @@ def sample_paged(model, prefixes, seeds, max_new_tokens, temperature=1.0, progre
     distribution is that of sample(), up to that precision; the answers are not the same twice.
     """
     dtype, room = autocast(model.device)[1], positions(model)
-    # Parameters alone are cast: rope's frequencies, which are buffers, would lose their digits.
-    cast = {id(p): torch.nn.Parameter(p.to(dtype), False) for p in model.parameters()}
-    half = model if model.dtype == dtype else copy.deepcopy(model, cast)
+    half = model
+    if model.dtype != dtype:  # parameters alone: rope's frequencies, buffers, would lose digits
+        cast = {id(p): torch.nn.Parameter(p.to(dtype), False) for p in model.parameters()}
+        half = copy.deepcopy(model, cast)
     was_training = half.training
     half.eval()
     how = {"do_sample": temperature > 0}

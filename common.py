@@ -36,7 +36,7 @@ from transformers.cache_utils import DynamicLayer
 from data.files import append_jsonl, die, fingerprint, in_blocks, load_state, read_jsonl  # noqa: F401
 from data.files import places_jsonl, remove, row_at, save_state, warn, write_whole  # noqa: F401
 from data.models import autocast, end_ids, load_model, load_tokenizer  # noqa: F401
-from data.models import pick_device, positions, sample_paged, save_model  # noqa: F401
+from data.models import pick_device, positions, save_model  # noqa: F401
 from data.models import check_memory, special_ids, turn_end  # noqa: F401
 from data.problems import load_problems, stop_if_ungraded  # noqa: F401
 from data.sandbox import PYTHON, check_code, run_inside  # noqa: F401
@@ -745,8 +745,6 @@ def sample(model, prefixes, seeds, max_new_tokens, temperature=1.0, batch_rows=3
     last quarter waits while the next batch runs, and goes on with others of its kind: so a batch
     does not wait for its longest answers. 2 · batch_rows rows are in memory.
     """
-    if model.device.type == "cuda":
-        return sample_paged(model, prefixes, seeds, max_new_tokens, temperature, progress)
     was_training, ends, room = model.training, set(end_ids(model)), positions(model)
     model.eval()
     limits = [max(1, min(max_new_tokens, room - len(p))) for p in prefixes]

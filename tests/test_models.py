@@ -5,10 +5,7 @@ import os
 import subprocess
 import sys
 from contextlib import suppress
-from functools import partial
 from importlib.util import find_spec
-from types import SimpleNamespace
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -70,47 +67,6 @@ def test_the_padding_of_a_vocabulary_is_never_sampled(model, tokenizer, tmp_path
     for temperature in (0.0, 1.0):
         answers = common.sample(padded, [prompt] * 40, range(40), 20, temperature)
         assert max(map(max, answers)) < 400
-
-
-def test_continuous_batching_gives_greedy_answers_no_padding_and_the_same_ends(
-    model, prompts, monkeypatch
-):
-    """What samples on a GPU, tried on the CPU."""
-    small = partial(transformers.ContinuousBatchingConfig, num_blocks=64, page_size=64)
-    monkeypatch.setattr(
-        "data.models.ContinuousBatchingConfig", partial(small, max_batch_tokens=256)
-    )
-    whole = common.sample_paged(model, prompts, range(12), 60, 0.0)
-    assert whole == common.sample(model, prompts, range(12), 60, 0.0)
-    assert {y[-1] in common.end_ids(model) for y in whole} == {True, False}
-    model.vocabulary = max(max(y) for y in whole)  # the largest that it says is padding now
-    bar = SimpleNamespace(update=Mock())
-    answers = common.sample_paged(model, prompts, range(12), 60, 1.0, bar)
-    assert max(max(y) for y in answers) < model.vocabulary and bar.update.call_args.args == (12,)
-
-
-def test_the_copy_that_samples_is_half_as_large_and_keeps_its_frequencies_whole(
-    model, prompts, monkeypatch
-):
-    seen = []
-
-    def generate_batch(half, prompts, config, _):
-        seen.append((half, config.max_new_tokens))
-        return {i: SimpleNamespace(error=None, generated_tokens=[i]) for i in range(len(prompts))}
-
-    monkeypatch.setattr("data.models.autocast", lambda device: (None, torch.bfloat16))
-    monkeypatch.setattr(type(model), "generate_batch", generate_batch)
-    long = [5] * (positions(model) - 3)
-    assert common.sample_paged(model, [prompts[0], long, prompts[1]], range(3), 60) == [
-        [0],
-        [0],
-        [1],
-    ]
-    assert [limit for _, limit in seen] == [3, 60]  # a long prompt cuts its own answer alone
-    half = seen[0][0]
-    assert half.dtype == torch.bfloat16 and model.dtype == torch.float32
-    assert half.model.rotary_emb.inv_freq.dtype == torch.float32
-    assert half.get_input_embeddings().weight is half.get_output_embeddings().weight
 
 
 def test_what_would_go_wrong_is_refused_in_one_line(build, capsys, tmp_path, monkeypatch):

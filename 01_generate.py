@@ -19,10 +19,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common import arguments, already_made, find, finish, parse, run_stage
+from common import arguments, already_made, find, finish, parse, run_stage, sampling_flags
 from common import autocast, end_ids, load_model, load_tokenizer, pick_device, prompt_ids
-from common import die, fingerprint, in_blocks, load_problems, read_jsonl, row_seed, sample
-from common import turn_end, write_whole
+from common import deal, die, fingerprint, gather_rows, in_blocks, load_problems, read_jsonl
+from common import row_seed, sample, sampling, turn_end, write_whole
 
 
 def sampled_elsewhere(file, problems, tokenizer):
@@ -49,9 +49,7 @@ def main(argv=None):
     p.add_argument("--limit", type=int, help="answer the first so many problems")
     p.add_argument("--n", type=int, default=1, help="answers a problem")
     p.add_argument("--answers", metavar="FILE", help="JSONL of {id, response}, sampled elsewhere")
-    p.add_argument("--max-new-tokens", type=int, help="longer answers are cut")
-    p.add_argument("--temperature", type=float, default=1.0, help="0: greedy; the paper has 0.7")
-    p.add_argument("--batch-rows", type=int, help="answers sampled at once")
+    sampling_flags(p)
     args = parse(p, argv)
     if args.answers and not Path(args.answers).is_file():
         die(f"--answers {args.answers} is no file")
@@ -64,7 +62,7 @@ def main(argv=None):
     tokenizer, device = load_tokenizer(args.model), pick_device(args.device)
     prompts = {x["id"]: prompt_ids(tokenizer, x["problem"]) for x in problems}
     args.run["prompt"] = tokenizer.decode(prompts[problems[0]["id"]])
-    decides = "base split limit n answers_id max_new_tokens temperature"
+    decides = "base split limit n answers_id max_new_tokens temperature top_p"
     if already_made(args, "responses.jsonl", decides, problems):
         return
     if args.answers:
@@ -80,14 +78,16 @@ def main(argv=None):
     done = sum(1 for _ in read_jsonl(path, mend=True))
     progress = tqdm(total=len(tasks), desc="generate", unit="answer")
     for block, _, rows in in_blocks(path, done, tasks, 4 * args.batch_rows, progress):
-        prefixes = [prompts[x["id"]] for x, _ in block]
-        seeds = [row_seed(args.seed, "generate", x["id"], k) for x, k in block]
-        how = args.max_new_tokens, args.temperature, args.batch_rows, progress
-        for (x, k), y in zip(block, sample(model, prefixes, seeds, *how)):
+        share, answers = deal(block), []  # of several GPUs, this one's
+        prefixes = [prompts[x["id"]] for x, _ in share]
+        seeds = [row_seed(args.seed, "generate", x["id"], k) for x, k in share]
+        out = sample(model, prefixes, seeds, **sampling(args), progress=progress)
+        for (x, k), y in zip(share, out):
             text = tokenizer.decode(y, skip_special_tokens=True)
             finished = y[-1] in end_ids(model)
             answer = {"sample": k, "response": text, "response_ids": y, "finished": finished}
-            rows.append({**x, **answer})
+            answers.append({**x, **answer})
+        rows += gather_rows(answers)
     finish(args, "responses.jsonl", began, device, problems=len(problems), answers=len(tasks))
 
 

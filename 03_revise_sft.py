@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import arguments, already_made, die, find, finish, parse, read_jsonl, run_stage
+from common import all_ranks, deal, evened, gather_rows, sampling, sampling_flags, shard
 from common import autocast, end_ids, load_model, load_tokenizer, pick_device, save_model
 from common import backward_through_head, completion_hidden, log_step, micro_batches, update
 from common import check_code, check_memory, check_prompt, stop_if_ungraded, verify_all
@@ -51,22 +52,21 @@ def collect(path, verified, model, tokenizer, args):
     for block, before, rows in in_blocks(path, done, tasks, 4 * args.batch_rows, progress):
         for row in islice(read_jsonl(path), 0 if seen else before):  # of an earlier try
             keep(row, seen)
-        block = [(row_at(verified, place), k) for place, k in block]
-        prefixes, seeds = [], []
-        for row, k in block:
+        share = [(row_at(verified, place), k) for place, k in deal(block)]  # this GPU's
+        prefixes, seeds, revised = [], [], []
+        for row, k in share:
             told = row["response_ids"], row["reward"], args.p_r
             prefixes.append(revision_ids(tokenizer, row["problem"], *told))
             seeds.append(row_seed(args.seed, "revise", row["id"], row["sample"], k))
-        how = args.max_new_tokens, args.temperature, args.batch_rows, progress
-        revisions = sample(model, prefixes, seeds, *how)
+        revisions = sample(model, prefixes, seeds, **sampling(args), progress=progress)
         texts = [tokenizer.decode(y, skip_special_tokens=True) for y in revisions]
-        graded = verify_all([row for row, _ in block], texts)
-        for (row, k), y, text, (reward, verdict, _) in zip(block, revisions, texts, graded):
-            revised = {"revision": k, "p_r": args.p_r[row["reward"]], "revised": text}
-            revised |= {"revised_ids": y, "revised_finished": y[-1] in end_ids(model)}
-            revised |= {"revised_reward": reward, "revised_verdict": verdict}
-            revised = {**row, **revised}
-            rows.append({**revised, "kept": keep(revised, seen)})
+        graded = verify_all([row for row, _ in share], texts)
+        for (row, k), y, text, (reward, verdict, _) in zip(share, revisions, texts, graded):
+            new = {"revision": k, "p_r": args.p_r[row["reward"]], "revised": text}
+            new |= {"revised_ids": y, "revised_finished": y[-1] in end_ids(model)}
+            new |= {"revised_reward": reward, "revised_verdict": verdict}
+            revised.append({**row, **new})
+        rows += [{**row, "kept": keep(row, seen)} for row in gather_rows(revised)]
 
 
 def keep(row, seen):
@@ -109,7 +109,7 @@ def srt_backward(model, batch, n_revision, n_generation, context=nullcontext, sc
         completions.append(attempt + revised)
         weights += [1 / n_generation] * len(attempt)
         weights += [1 / n_generation + 1 / n_revision] * len(revised)
-    tokens = torch.tensor(sum(completions, []), device=model.device)  # [N]
+    tokens = torch.tensor(sum(completions, []), dtype=torch.long, device=model.device)  # [N]
     weights = torch.tensor(weights, device=model.device)  # [N]
     with context():
         hidden = completion_hidden(model, prompts, completions)  # [N, H]
@@ -132,6 +132,7 @@ def train(model, tokenizer, path, kept, args, device):
     """Minimise L_SRT over the tuples at these places of `path`: srt/; srt.jsonl, a row a step."""
     folder, log, (context, dtype) = args.out / "srt", args.out / "srt.jsonl", autocast(device)
     betas, decay = (0.9, 0.95), 1e-4
+    shard(model)
     optimizer = torch.optim.AdamW(
         model.parameters(), args.lr, betas=betas, weight_decay=decay, fused=True
     )
@@ -148,12 +149,13 @@ def train(model, tokenizer, path, kept, args, device):
     steps = len(batches)
     progress = tqdm(range(len(history), steps), "SRT", steps, initial=len(history), unit="step")
     for step in progress:
-        batch, loss = [row_at(path, place) for place in batches[step]], 0.0
+        batch, loss = [row_at(path, place) for place in deal(batches[step])], 0.0
         batch = [sequence(row, tokenizer, args.p_r) for row in batch]
-        n_revision = sum(len(revised) for _, _, revised in batch)
-        n_generation = n_revision + sum(len(attempt) for _, attempt, _ in batch)
-        for part in micro_batches(batch, length, args.micro_tokens):
+        n_revision = sum(all_ranks(sum(len(revised) for _, _, revised in batch)))  # on all GPUs
+        n_generation = n_revision + sum(all_ranks(sum(len(attempt) for _, attempt, _ in batch)))
+        for part in evened(micro_batches(batch, length, args.micro_tokens)):
             loss += srt_backward(model, part, n_revision, n_generation, context, scaler)
+        loss = sum(all_ranks(loss))
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, args.lr)
         norm = update(model, optimizer, scaler)
         row = {"step": step, "loss": loss, "lr": lr, "gradient_norm": norm, "tokens": n_generation}
@@ -167,9 +169,7 @@ def main(argv=None):
     p = arguments("03", __doc__)
     p.add_argument("--revisions-wrong", type=int, help="revisions of a wrong answer")
     p.add_argument("--revisions-right", type=int, help="of a right one; the official code has 0")
-    p.add_argument("--max-new-tokens", type=int, help="longer revisions are cut, and not used")
-    p.add_argument("--temperature", type=float, default=1.0, help="0: greedy; the paper has 0.7")
-    p.add_argument("--batch-rows", type=int, help="revisions sampled at once")
+    sampling_flags(p)
     p.add_argument("--epochs", type=int, default=3, help="passes over the kept tuples")
     p.add_argument("--lr", type=float, help="peak; 5%% warm-up, then cosine")
     p.add_argument("--batch-size", type=int, help="tuples a step")
@@ -188,7 +188,7 @@ def main(argv=None):
 
     # ---------------- collect and filter
     model, path = None, args.out / "revisions.jsonl"
-    decides = "verified.jsonl base revisions_wrong revisions_right max_new_tokens temperature"
+    decides = "verified.jsonl base revisions_wrong revisions_right max_new_tokens temperature top_p"
     if not already_made(args, "revisions.jsonl", decides):
         model = load_model(args.model, tokenizer, device)
         collect(path, verified, model, tokenizer, args)

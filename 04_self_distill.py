@@ -25,12 +25,12 @@ from contextlib import nullcontext
 import torch
 from tqdm import tqdm
 
-from common import check_memory, check_prompt
+from common import all_ranks, check_memory, check_prompt, copy_weights, deal, evened, gather_rows
 from common import arguments, already_made, die, find, finish, parse, read_jsonl, run_stage, warn
 from common import autocast, end_ids, load_model, load_tokenizer, pick_device, positions, save_model
 from common import backward_through_head, completion_hidden, log_step, micro_batches, update
 from common import load_problems, load_state, prompt_ids, revision_ids, row_seed, sample, save_state
-from common import stop_if_ungraded, verify_all
+from common import sampling, sampling_flags, shard, stop_if_ungraded, verify_all
 
 
 # ---------------------------------------------------------------- the loss
@@ -83,11 +83,10 @@ def batches_of(problems, steps, size, seed):
 
 
 def rollouts(student, tokenizer, batch, step, args):
-    """y ~ π_θ(· | x) and r for a step's problems, with the two prefixes that y is scored after."""
+    """y ~ π_θ(· | x) and r for these problems, with the two prefixes that y is scored after."""
     prompts = [prompt_ids(tokenizer, x["problem"]) for x in batch]
     seeds = [row_seed(args.seed, "distill", x["id"], step) for x in batch]
-    how = prompts, seeds, args.max_new_tokens, args.temperature, args.batch_rows
-    answers = sample(student, *how)
+    answers = sample(student, prompts, seeds, **sampling(args))
     texts = [tokenizer.decode(y, skip_special_tokens=True) for y in answers]
     rewards, verdicts, _ = zip(*verify_all(batch, texts))
     stop_if_ungraded(verdicts, batch, f"{args.out}, step {step}", least=8)
@@ -171,9 +170,7 @@ def flags():
     p.add_argument("--warm-up", type=int, help="steps until --lr is reached")
     kl = {"default": "reverse", "choices": ["reverse", "forward", "mixed"]}
     p.add_argument("--kl", **kl, help="KL(student‖teacher), KL(teacher‖student), half of each")
-    p.add_argument("--max-new-tokens", type=int, help="longer answers are cut")
-    p.add_argument("--temperature", type=float, default=1.0, help="on-policy is 1; the paper: 0.7")
-    p.add_argument("--batch-rows", type=int, help="answers sampled at once")
+    sampling_flags(p)
     p.add_argument("--micro-tokens", type=int, default=2048, help="tokens a forward pass, at most")
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     p.add_argument("--offload-teacher", action="store_true", help="to the CPU, in between")
@@ -197,7 +194,7 @@ def main(argv=None):
     problems = [x for x in problems if not used & {x["id"], x["problem"]}][: args.limit]
     if len(problems) < args.batch_size:
         die(f"phase 1 left {len(problems)} problems, and a step needs {args.batch_size}")
-    decides = "responses.jsonl split steps rounds batch_size lr warm_up kl max_new_tokens"
+    decides = "responses.jsonl split steps rounds batch_size lr warm_up kl max_new_tokens top_p"
     if already_made(args, "sd_zero", f"{args.start} {decides} temperature save_every", problems):
         return
 
@@ -207,6 +204,7 @@ def main(argv=None):
     teacher = load_model(start, tokenizer, device, dtype).requires_grad_(False)
     head, head_t = student.get_output_embeddings(), teacher.get_output_embeddings()
     rest = torch.device("cpu") if args.offload_teacher else device  # where the teacher waits
+    shard(student, samples=True)
     if args.gradient_checkpointing:
         student.activation_checkpointing_enable()
     weights, betas = student.parameters(), (0.9, 0.999)
@@ -218,14 +216,14 @@ def main(argv=None):
     progress = tqdm(range(len(history), steps), "distill", steps, initial=len(history))
     for step in progress:
         if step and step % args.steps == 0:
-            teacher.load_state_dict(student.state_dict())  # a new round
+            copy_weights(student, teacher)  # a new round
 
         # ---------------- sample y on-policy, verify r
-        rows = rollouts(student, tokenizer, batches[step], step, args)
+        rows = rollouts(student, tokenizer, deal(batches[step]), step, args)  # this GPU's
         fits = [row for row in rows if length(row) <= positions(student)]
-        parts = micro_batches(fits, length, args.micro_tokens)
-        tokens = sum(len(row["response_ids"]) for row in fits)
-        if not fits:
+        parts = evened(micro_batches(fits, length, args.micro_tokens))
+        tokens = sum(all_ranks(sum(len(row["response_ids"]) for row in fits)))  # on all GPUs
+        if not tokens:
             die(f"no answer fits {positions(student)} positions twice; lower --max-new-tokens")
 
         # ---------------- the teacher reads x, y, P_r, y
@@ -248,6 +246,8 @@ def main(argv=None):
         # ---------------- step, and what happened
         lr = optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / args.warm_up)
         norm = update(student, optimizer, scaler)
+        rows = gather_rows(rows)
+        fits = [row for row in rows if row["kl"]]
         metrics = {"round": step // args.steps, "step": step, **metrics_of(rows, args.p_r)}
         metrics |= {"too_long": len(rows) - len(fits), "gradient_norm": norm, "lr": lr}
         log_step(log, history, metrics | {"seconds": time.time() - began}, progress)

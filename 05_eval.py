@@ -22,6 +22,7 @@ revise each of their sampled answers once (generate-then-revise).
 """
 
 import html
+import io
 import json
 import math
 import time
@@ -35,7 +36,7 @@ from common import arguments, already_made, die, find, finish, fingerprint, pars
 from common import autocast, end_ids, load_model, load_tokenizer, pick_device, positions
 from common import completion_hidden, micro_batches, prompt_ids, revision_ids, row_seed, sample
 from common import in_blocks, load_problems, read_jsonl, same_answer, stop_if_ungraded, verify_all
-from common import check_prompt, write_whole
+from common import check_prompt, deal, gather_rows, sampling, sampling_flags, write_whole
 
 
 # ---------------------------------------------------------------- answers and revisions
@@ -50,35 +51,37 @@ def evaluate(name, folder, problems, done, path, device, args):
     model = load_model(folder, tokenizer, device, autocast(device)[1])
     progress = tqdm(total=len(tasks), desc=name, unit="answer")
 
-    def answers(tasks, prefixes, what, temperature, bar):
+    def answers(tasks, prefixes, what, greedy=False, bar=None):
         """Of each task, the fields of 01 and 02; all checkpoints get the same noise."""
         seeds = [row_seed(args.seed, what, x["id"], k) for x, k in tasks]
-        how = args.max_new_tokens, temperature, args.batch_rows, bar
-        out = sample(model, prefixes, seeds, *how)
+        how = sampling(args) | ({"temperature": 0.0} if greedy else {})
+        out = sample(model, prefixes, seeds, **how, progress=bar)
         texts = [tokenizer.decode(y, skip_special_tokens=True) for y in out]
         graded = verify_all([x for x, _ in tasks], texts)
         for y, text, (reward, verdict, extracted) in zip(out, texts, graded):
             answer = {"response": text, "response_ids": y, "finished": y[-1] in end_ids(model)}
             yield answer | {"reward": reward, "verdict": verdict, "extracted": extracted}
 
-    for block, _, rows in in_blocks(path, done, tasks, 4 * args.batch_rows, progress):
-        for greedy, temperature in ((True, 0.0), (False, args.temperature)):
-            part = [(x, k) for x, k in block if (k < 0) == greedy]
+    for block, _, all_rows in in_blocks(path, done, tasks, 4 * args.batch_rows, progress):
+        rows = []  # of several GPUs, this one's
+        for greedy in (True, False):
+            part = [(x, k) for x, k in deal(block) if (k < 0) == greedy]
             prompts = [prompt_ids(tokenizer, x["problem"]) for x, _ in part]
-            found = answers(part, prompts, "eval", temperature, progress)
+            found = answers(part, prompts, "eval", greedy, progress)
             for (x, k), answer in zip(part, found):
                 rows.append({"checkpoint": name, **x, "sample": k, "greedy": greedy, **answer})
         sampled = [row for row in rows if not row["greedy"]]
         asked = sampled if args.revise else []
         prefixes = [reviser_prefix(row, tokenizer, args.p_r) for row in asked]
         part = [(row, row["sample"]) for row in asked]
-        found = answers(part, prefixes, "eval revision", args.temperature, None) if asked else []
+        found = answers(part, prefixes, "eval revision") if asked else []
         for row, revision in zip(asked, found):
             row |= {"p_r": args.p_r[row["reward"]], "revised": revision["response"]}
             row["revised_ids"] = revision["response_ids"]
             for field in ("finished", "reward", "verdict"):
                 row[f"revised_{field}"] = revision[field]
         reviser_kl(model, tokenizer, [row for row in sampled if row["sample"] == 0], args.p_r)
+        all_rows += gather_rows(rows)
 
 
 def reviser_prefix(row, tokenizer, p_r):
@@ -218,8 +221,9 @@ def plot_stages(summary, path):
         axes.set_yticks([])
         axes.margins(y=0.15)
         axes.spines[["top", "right", "left"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(image := io.BytesIO(), dpi=150)
     plt.close(figure)
+    write_whole(path, image.getvalue())
 
 
 def write_page(rows, tokenizer, path):
@@ -252,9 +256,7 @@ def main(argv=None):
     p.add_argument("--n", type=int, help="sampled answers per problem; –: 8 for up to 50, or 1")
     p.add_argument("--greedy", action=BooleanOptionalAction, help="also a greedy answer")
     p.add_argument("--revise", action=BooleanOptionalAction, help="also revise what was sampled")
-    p.add_argument("--max-new-tokens", type=int, help="longer answers are cut")
-    p.add_argument("--temperature", type=float, default=1.0, help="of the sampled answers")
-    p.add_argument("--batch-rows", type=int, help="answers sampled at once")
+    sampling_flags(p)
     args = parse(p, argv)
 
     # ---------------- checkpoints and problems
@@ -275,7 +277,7 @@ def main(argv=None):
     for folder in folders.values():
         check_prompt(args, load_tokenizer(folder))
     args.n = args.n or (8 if len(problems) <= 50 else 1)
-    decides = "test_data split limit n greedy revise max_new_tokens temperature"
+    decides = "test_data split limit n greedy revise max_new_tokens temperature top_p"
     already_made(args, "eval.jsonl", " ".join([decides, *folders]), problems, grows=True)
 
     # ---------------- answers, numbers, figures
@@ -289,7 +291,7 @@ def main(argv=None):
     rows = {name: of for name, of in rows.items() if len(of) == whole}
     verdicts = [row["verdict"] for row in sum(rows.values(), [])]
     stop_if_ungraded(verdicts, problems, path)
-    if fingerprint(path) != made["eval.jsonl"].get("id"):
+    if fingerprint(path) != args.run["made"]["eval.jsonl"].get("id"):
         finish(args, "eval.jsonl", began, device, answers=len(verdicts))
     summary = [summarise(name, of, args.p_r) for name, of in rows.items()]
     write_whole(args.out / "summary.json", json.dumps(summary, indent=1) + "\n")

@@ -5,6 +5,7 @@ laid end to end. Files, models and problems are read and written by data/*.py.
 """
 
 import argparse
+import copy
 import errno
 import hashlib
 import json
@@ -17,24 +18,31 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from datetime import date
+from datetime import date, timedelta
 from decimal import Decimal
+from functools import partialmethod, wraps
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from filelock import FileLock, Timeout
 from markdown_it import MarkdownIt
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from data.files import append_jsonl, die, fingerprint, in_blocks, load_state, read_jsonl  # noqa: F401
-from data.files import places_jsonl, remove, row_at, save_state, warn, write_whole  # noqa: F401
+from data.files import RANK, WORLD, append_jsonl, die, fingerprint, in_blocks  # noqa: F401
+from data.files import load_state, places_jsonl, read_jsonl, remove, row_at  # noqa: F401
+from data.files import save_state, warn, write_whole  # noqa: F401
 from data.models import autocast, end_ids, load_model, load_tokenizer  # noqa: F401
 from data.models import pick_device, positions, save_model  # noqa: F401
 from data.models import check_memory, special_ids, turn_end  # noqa: F401
@@ -56,7 +64,8 @@ REFUSED = errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST
 
 def run_stage(main):
     """A script's entry: Ctrl-C and what a machine lacks are one line, all else is a traceback."""
-    go_on = f"the same command goes on where it stopped: python {shlex.join(sys.argv)}"
+    started = "python" if WORLD == 1 else f"torchrun --nproc-per-node {WORLD}"
+    go_on = f"the same command goes on where it stopped: {started} {shlex.join(sys.argv)}"
     interrupted = []  # a library may turn the exception into one of its own
 
     def interrupt(*_):
@@ -68,12 +77,14 @@ def run_stage(main):
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
     try:
+        join_ranks()
         main()
     except BaseException as e:
         number = isinstance(e, Exception) and error_number(e)
         if interrupted or isinstance(e, KeyboardInterrupt):
             _graders.shutdown(wait=False, cancel_futures=True)
-            print(f"\ninterrupted; {go_on}", file=sys.stderr)
+            if RANK == 0:
+                print(f"\ninterrupted; {go_on}", file=sys.stderr)
             sys.exit(130)
         if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate" in str(e):
             die("memory is full; lower --batch-rows in sampling, --micro-tokens in training")
@@ -89,6 +100,96 @@ def error_number(e):
     told = re.search(r"\(os error (\d+)\)", str(e))
     number = int(told[1]) if told else getattr(e, "errno", None)
     return number or e.__context__ and error_number(e.__context__)
+
+
+# ---------------------------------------------------------------- many GPUs: torchrun 0k_….py
+# All ranks do the same. Each samples and verifies its share of the rows, and trains on it with its
+# share of the weights, gradients and Adam's state; every answer has its own seed, and losses are
+# sums over all ranks: so the results do not depend on how many there are.
+
+
+def join_ranks():
+    """Meet the other processes of torchrun; rank 0 alone talks."""
+    if WORLD > 1:
+        gpus = torch.cuda.device_count()
+        if 0 < gpus <= int(os.environ["LOCAL_RANK"]):
+            die(f"{os.environ['LOCAL_WORLD_SIZE']} processes need as many GPUs, here are {gpus}")
+        if gpus:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+
+
+def all_ranks(x):
+    """[x of rank 0, x of rank 1, …], on all ranks; here and below x may be any Python object."""
+    if WORLD == 1:
+        return [x]
+    every = [None] * WORLD
+    dist.all_gather_object(every, x)
+    return every
+
+
+def deal(rows):
+    """This rank's share of the rows."""
+    return rows[RANK::WORLD]
+
+
+def gather_rows(rows):
+    """All ranks' rows, in the order in which they were dealt."""
+    every = all_ranks(rows)
+    return [every[i % WORLD][i // WORLD] for i in range(sum(map(len, every)))]
+
+
+def evened(parts):
+    """As many micro-batches on each rank, some of them empty: a sharded model needs all ranks."""
+    return parts + [[]] * (max(all_ranks(len(parts))) - len(parts))
+
+
+def by_first(f):
+    """f(args, …) runs on rank 0 alone; its result, and args.run as it leaves it, are everyone's."""
+
+    @wraps(f)
+    def on_all_ranks(args, *others, **named):
+        result = f(args, *others, **named) if RANK == 0 else None
+        result, args.run = all_ranks((result, vars(args).get("run")))[0]
+        return result
+
+    return on_all_ranks
+
+
+def shard(model, samples=False):
+    """Spread a model over the ranks (FSDP2): each holds a share of weights and gradients, and
+    layers are put together while they compute. samples: keep a copy on each rank that samples."""
+    if WORLD == 1:
+        return
+    dtype = autocast(model.device)[1]
+    if dtype == torch.float16:
+        die("several GPUs need bfloat16, which these do not have")
+    if samples:  # parameters alone: rope's frequencies, buffers, would lose digits
+        half = {id(p): torch.nn.Parameter(p.to(dtype), False) for p in model.parameters()}
+        model.copies = [copy.deepcopy(model, half)]  # in a list: a module would be sharded, too
+    layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
+    for module in [*layers, model]:
+        fully_shard(module)
+        module.set_gradient_divide_factor(1.0)  # losses are sums over all ranks, not means
+        module.set_force_sum_reduction_for_comms(True)
+    model.read = types.MethodType(read, model)
+    register_fsdp_forward_method(model, "read")
+
+
+def read(model, **how):
+    """What lies below the head; of a sharded model through its root, which puts it together."""
+    return model.base_model(**how)
+
+
+@torch.no_grad()
+def copy_weights(model, target):
+    """Of a model, sharded or not, into a whole one of any precision."""
+    for p, q in zip(model.parameters(), target.parameters(), strict=True):
+        q.copy_(p.full_tensor() if isinstance(p, DTensor) else p)
 
 
 # ---------------------------------------------------------------- command line
@@ -145,6 +246,21 @@ def arguments(stage, doc):
     return p
 
 
+def sampling_flags(p):
+    p.add_argument("--max-new-tokens", type=int, help="longer answers are cut")
+    p.add_argument("--temperature", type=float, default=1.0, help="0: greedy; the paper has 0.7")
+    p.add_argument(
+        "--top-p", type=float, default=1.0, help="leave out what is unlikelier than this"
+    )
+    p.add_argument("--batch-rows", type=int, help="answers sampled at once")
+
+
+def sampling(args):
+    """What these flags said, for sample()."""
+    names = "max_new_tokens", "temperature", "top_p", "batch_rows"
+    return {name: getattr(args, name) for name in names}
+
+
 def parse(p, argv):
     """The arguments, every default filled in; args.run is run.json, args.p_r {reward: P_r}."""
     pairs = {}  # name: (with an embedded model, with any other)
@@ -157,6 +273,7 @@ def parse(p, argv):
             action.help += " (default: %(default)s)"
     args = p.parse_args(argv)
     args.run = open_run(args)
+    settle(args)
     for name, (small, paper) in pairs.items():
         if getattr(args, name) is None:
             setattr(args, name, small if args.run["embedded"] else paper)
@@ -197,9 +314,9 @@ def read_run(folder):
         die(f"{path} is damaged ({e}); mend it, or choose another --out")
 
 
+@by_first
 def open_run(args):
-    """The run of --out, or a new one: of --from, or of 01's arguments. It settles arguments."""
-    global _today
+    """The run of --out, or a new one: of --from, or of 01's arguments."""
     args.out.mkdir(parents=True, exist_ok=True)
     args.lock = FileLock(args.out / ".lock", is_singleton=True)
     try:
@@ -213,6 +330,13 @@ def open_run(args):
         run = new_run(args)
     elif not run:
         die(f"{args.out} is no run yet; run 01_generate.py first, or give --from for a variant")
+    return run
+
+
+def settle(args):
+    """What the run has settled becomes the arguments'; dies where they say otherwise."""
+    global _today
+    run = args.run
     _today = run.setdefault("date", _today)
     if args.other and str(args.other) != run["from"]:
         die(f"{args.out} is not a variant of {args.other}; choose another --out")
@@ -221,7 +345,6 @@ def open_run(args):
             flag = "--" + name.replace("_", "-")
             die(f"{flag}: the run {args.out} has {settled!r}; for another, choose another --out")
         setattr(args, name, settled)
-    return run
 
 
 def new_run(args):
@@ -264,6 +387,7 @@ def find(args, name):
     return path
 
 
+@by_first
 def already_made(args, name, decides, problems=None, grows=False):
     """True if an artifact of this stage is complete; else begins, or goes on with, its entry.
 
@@ -305,6 +429,7 @@ def already_made(args, name, decides, problems=None, grows=False):
     return False
 
 
+@by_first
 def finish(args, name, began, device, **counts):
     """Complete the entry: an id of what was made, and counts, which say that it is complete."""
     entry = args.run["made"][name]
@@ -577,7 +702,7 @@ def verify_code(record, response):
 # ---------------------------------------------------------------- grading: both
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-_graders = ThreadPoolExecutor(CORES)
+_graders = ThreadPoolExecutor(max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def verify(record, response):
@@ -607,12 +732,14 @@ def completion_hidden(model, prefixes, completions):
     Rows are padded on the right, where causal attention hides pads: no mask depends on a pad id.
     """
     lengths = [len(p) + len(c) for p, c in zip(prefixes, completions, strict=True)]
-    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)  # [B, T]
+    shape = max(1, len(lengths)), max(lengths, default=1)  # also of no rows, with N = 0
+    ids = torch.zeros(shape, dtype=torch.long)  # [B, T]
     predicts = torch.zeros_like(ids, dtype=torch.bool)  # [B, T] is the next token a completion's?
     for i, (p, c) in enumerate(zip(prefixes, completions)):
         ids[i, : lengths[i]] = torch.tensor(p + c)
         predicts[i, len(p) - 1 : lengths[i] - 1] = True
-    out = model.base_model(input_ids=ids.to(model.device), use_cache=False)
+    below_head = getattr(model, "read", model.base_model)
+    out = below_head(input_ids=ids.to(model.device), use_cache=False)
     return out.last_hidden_state[predicts.to(model.device)]  # [B, T, H] → [N, H]
 
 
@@ -650,7 +777,8 @@ def backward_through_head(hidden, head, loss_of, context=nullcontext, scaler=Non
 def update(model, optimizer, scaler):
     """A step with gradients clipped to norm 1. Returns their norm; None, if not finite: skipped."""
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     if math.isfinite(norm) or scaler.is_enabled():  # the scaler skips by itself, and learns from it
         scaler.step(optimizer)
     scaler.update()
@@ -725,18 +853,32 @@ def gather(pieces, T):
     return pieces[0][0]
 
 
-def draw(logits, temperature, uniform):
+def draw(logits, temperature, top_p, uniform):
     """One token a row, [B, V] → [B]: where the distribution function passes uniform [B, 1]; where
-    logits are not finite V, which is none."""
+    logits are not finite V, which is none. top_p: of the likeliest tokens that make up so much."""
     if temperature == 0:  # the likeliest
         best, token = logits.max(-1)
         return token.where(best.isfinite(), logits.shape[-1])
-    cdf = (logits.float() / temperature).softmax(-1).cumsum(-1)
+    p = (logits.float() / temperature).softmax(-1)
+    if top_p < 1:
+        likeliest = p.sort(-1, descending=True).values
+        out = likeliest.cumsum(-1) - likeliest >= max(top_p, 1e-9)  # those before make it up
+        p = p.where(p >= likeliest.masked_fill(out, 1).amin(-1, keepdim=True), 0)
+    cdf = p.cumsum(-1)
     return (~(cdf >= uniform * cdf[:, -1:])).sum(-1)
 
 
 @torch.no_grad()  # in inference_mode autocast keeps no copy of the weights, and casts at each token
-def sample(model, prefixes, seeds, max_new_tokens, temperature=1.0, batch_rows=384, progress=None):
+def sample(
+    model,
+    prefixes,
+    seeds,
+    max_new_tokens,
+    temperature=1.0,
+    top_p=1.0,
+    batch_rows=384,
+    progress=None,
+):
     """One answer a prefix, as token ids, ended by an end token, or cut by max_new_tokens or where
     the model's positions end. progress: a tqdm bar, counting answers.
 
@@ -745,6 +887,9 @@ def sample(model, prefixes, seeds, max_new_tokens, temperature=1.0, batch_rows=3
     last quarter waits while the next batch runs, and goes on with others of its kind: so a batch
     does not wait for its longest answers. 2 · batch_rows rows are in memory.
     """
+    if isinstance(model, FSDPModule):
+        copy_weights(model, model.copies[0])
+        model = model.copies[0]
     was_training, ends, room = model.training, set(end_ids(model)), positions(model)
     model.eval()
     limits = [max(1, min(max_new_tokens, room - len(p))) for p in prefixes]
@@ -766,7 +911,7 @@ def sample(model, prefixes, seeds, max_new_tokens, temperature=1.0, batch_rows=3
         mask = (torch.arange(T, device=model.device) >= T - length).long()  # [B, T]
         how = {"attention_mask": mask, "position_ids": length - 1, "past_key_values": cache}
         logits = model(input_ids=ids, **how).logits[:, -1, : model.vocabulary]  # no padding
-        tokens = draw(logits, temperature, uniform).tolist()
+        tokens = draw(logits, temperature, top_p, uniform).tolist()
         if max(tokens) == logits.shape[-1]:
             die("logits are not finite: these weights do not fit this precision or this device")
         return tokens

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import common
-from data.files import die, remove, warn
+from data.files import RANK, WORLD, die, remove, warn
 
 transformers.utils.logging.disable_progress_bar()  # ours are enough
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def pick_device(name):
@@ -146,8 +148,9 @@ def load_model(name, tokenizer, device, dtype=torch.float32):
 def check_memory(name, device, teacher_on_device=False):
     """Says what training takes, by formula, before anything is loaded; dies where it cannot fit.
 
-    Of n parameters in bytes: weights 4n, gradients 4n, Adam 8n; on a GPU, in half precision, the
-    teacher 2n, and while sampling, when there are no gradients, a copy 2n. Activations come on top.
+    Of n parameters in bytes: weights 4n, gradients 4n, Adam 8n, of which each of several GPUs has
+    its share; in half precision the teacher 2n and, while sampling, when there are no gradients, a
+    copy 2n. Activations come on top.
     """
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -160,12 +163,12 @@ def check_memory(name, device, teacher_on_device=False):
         there = torch.cuda.get_device_properties(device).total_memory
     else:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    teacher = teacher_on_device * (2 if device.type == "cuda" else 4) * n
-    said = f"{n / 1e9:.1f}B parameters: training takes {(16 * n + teacher) / 1e9:.0f} GB"
+    teacher, ours = teacher_on_device * (2 if device.type == "cuda" else 4) * n, 16 * n / WORLD
+    said = f"{n / 1e9:.1f}B parameters: training takes {(ours + teacher) / 1e9:.0f} GB"
     said += f" plus activations; there are {there / 1e9:.0f} GB"
-    if 16 * n > there:
-        die(f"model {name}: {said}; no flag mends that: a smaller model, or a larger device")
-    if 16 * n + teacher > 0.9 * there:
+    if ours > there:
+        die(f"model {name}: {said}; a smaller model, or more GPUs (torchrun)")
+    if ours + teacher > 0.9 * there:
         offload = "--offload-teacher or " if teacher else ""
         warn(f"{said}; {offload}--gradient-checkpointing takes less")
     elif n > 1e8:
@@ -199,10 +202,16 @@ def save_model(model, tokenizer, folder):
     """Written beside the target and renamed: `folder` is never half a model."""
     beside = f"{folder}.part"
     remove(beside)
+    state = get_model_state_dict(model, options=WHOLE)  # of a sharded model: gathered, by all ranks
+    if RANK:
+        return
+    names = dict(model.named_parameters(remove_duplicate=False)).keys()
+    for tied in names - dict(model.named_parameters()).keys():
+        del state[tied]
     config = model.config.get_text_config()
     if cap := getattr(model, "softcap", None):
         config.final_logit_softcapping = cap
-    model.save_pretrained(beside)
+    model.save_pretrained(beside, state_dict=state)
     if cap:
         config.final_logit_softcapping = None
     tokenizer.save_pretrained(beside)

@@ -90,7 +90,7 @@ def test_what_would_go_wrong_is_refused_in_one_line(build, capsys, tmp_path, mon
 def test_what_training_takes_is_said_before_anything_is_loaded(build, monkeypatch, capsys):
     folder = build("Llama", {"tie_word_embeddings": False})
     n = sum(p.numel() for p in load(folder).parameters())
-    for there, teacher, says in ((15.9, False, "no flag mends"), (18, True, "--offload-teacher")):
+    for there, teacher, says in ((15.9, False, "more GPUs"), (18, True, "--offload-teacher")):
         memory = {"SC_PAGE_SIZE": n, "SC_PHYS_PAGES": there}
         monkeypatch.setattr("data.models.os.sysconf", memory.get)
         with suppress(SystemExit):

@@ -194,8 +194,9 @@ def main(argv=None):
     problems = [x for x in problems if not used & {x["id"], x["problem"]}][: args.limit]
     if len(problems) < args.batch_size:
         die(f"phase 1 left {len(problems)} problems, and a step needs {args.batch_size}")
-    decides = "responses.jsonl split steps rounds batch_size lr warm_up kl max_new_tokens top_p"
-    if already_made(args, "sd_zero", f"{args.start} {decides} temperature save_every", problems):
+    decides = "responses.jsonl split steps rounds batch_size lr warm_up kl max_new_tokens"
+    decides += f" temperature top_p save_every {args.start}"
+    if already_made(args, "sd_zero", decides, problems):
         return
 
     # ---------------- student and teacher start from the same weights and share none
@@ -247,9 +248,9 @@ def main(argv=None):
         lr = optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / args.warm_up)
         norm = update(student, optimizer, scaler)
         rows = gather_rows(rows)
-        fits = [row for row in rows if row["kl"]]
+        too_long = sum(length(row) > positions(student) for row in rows)
         metrics = {"round": step // args.steps, "step": step, **metrics_of(rows, args.p_r)}
-        metrics |= {"too_long": len(rows) - len(fits), "gradient_norm": norm, "lr": lr}
+        metrics |= {"too_long": too_long, "gradient_norm": norm, "lr": lr}
         log_step(log, history, metrics | {"seconds": time.time() - began}, progress)
         if step % 20 == 0:
             show(fits, tokenizer)

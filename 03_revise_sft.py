@@ -133,9 +133,8 @@ def train(model, tokenizer, path, kept, args, device):
     folder, log, (context, dtype) = args.out / "srt", args.out / "srt.jsonl", autocast(device)
     betas, decay = (0.9, 0.95), 1e-4
     shard(model)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), args.lr, betas=betas, weight_decay=decay, fused=True
-    )
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, args.lr, betas, weight_decay=decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     state = {"model": model, "optimizer": optimizer, "scaler": scaler}
     history = load_state(folder, log, **state)
@@ -174,6 +173,7 @@ def main(argv=None):
     p.add_argument("--lr", type=float, help="peak; 5%% warm-up, then cosine")
     p.add_argument("--batch-size", type=int, help="tuples a step")
     p.add_argument("--micro-tokens", type=int, default=2048, help="tokens a forward pass, at most")
+    p.add_argument("--lora", type=int, metavar="R", help="train an adapter of rank R (pip: peft)")
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     p.add_argument("--save-every", type=int, default=20, help="steps between states to go on from")
     args = parse(p, argv)
@@ -184,13 +184,13 @@ def main(argv=None):
     check_code(read_jsonl(verified), args.allow_code)
     tokenizer, device = load_tokenizer(args.model), pick_device(args.device)
     check_prompt(args, tokenizer)
-    check_memory(args.model, device)
+    check_memory(args.model, device, lora=args.lora)
 
     # ---------------- collect and filter
     model, path = None, args.out / "revisions.jsonl"
     decides = "verified.jsonl base revisions_wrong revisions_right max_new_tokens temperature top_p"
     if not already_made(args, "revisions.jsonl", decides):
-        model = load_model(args.model, tokenizer, device)
+        model = load_model(args.model, tokenizer, device, lora=args.lora)
         collect(path, verified, model, tokenizer, args)
         verdicts = (row["revised_verdict"] for row in read_jsonl(path))
         stop_if_ungraded(verdicts, read_jsonl(path), path)
@@ -206,10 +206,10 @@ def main(argv=None):
         die(f"{path}: nothing was verified correct: more problems, or a stronger base")
 
     # ---------------- train
-    if already_made(args, "srt", "revisions.jsonl base epochs lr batch_size"):
+    if already_made(args, "srt", "revisions.jsonl base epochs lr batch_size lora"):
         return
     began = time.time()
-    model = model or load_model(args.model, tokenizer, device)
+    model = model or load_model(args.model, tokenizer, device, lora=args.lora)
     train(model, tokenizer, path, kept, args, device)
     finish(args, "srt", began, device, tuples=len(kept))
 

@@ -25,7 +25,8 @@ from contextlib import nullcontext
 import torch
 from tqdm import tqdm
 
-from common import all_ranks, check_memory, check_prompt, copy_weights, deal, evened, gather_rows
+from common import all_ranks, as_teacher, copy_weights, deal, evened, gather_rows
+from common import check_memory, check_prompt
 from common import arguments, already_made, die, find, finish, parse, read_jsonl, run_stage, warn
 from common import autocast, end_ids, load_model, load_tokenizer, pick_device, positions, save_model
 from common import backward_through_head, completion_hidden, log_step, micro_batches, update
@@ -158,6 +159,14 @@ def save(folder, history, tokenizer, args, state, last):
 # ---------------------------------------------------------------- the algorithm
 
 
+def load_student(start, tokenizer, device, args):
+    student = load_model(start, tokenizer, device, lora=args.lora)
+    if args.gradient_checkpointing:
+        student.activation_checkpointing_enable()
+    shard(student, samples=True)
+    return student
+
+
 def flags():
     p = arguments("04", __doc__)
     p.add_argument("--start", default="srt", choices=["srt", "base"], help="student and teacher")
@@ -172,6 +181,7 @@ def flags():
     p.add_argument("--kl", **kl, help="KL(student‖teacher), KL(teacher‖student), half of each")
     sampling_flags(p)
     p.add_argument("--micro-tokens", type=int, default=2048, help="tokens a forward pass, at most")
+    p.add_argument("--lora", type=int, metavar="R", help="train an adapter of rank R (pip: peft)")
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     p.add_argument("--offload-teacher", action="store_true", help="to the CPU, in between")
     p.add_argument("--save-every", type=int, default=10, help="steps between saves")
@@ -180,11 +190,13 @@ def flags():
 
 def main(argv=None):
     args = parse(flags(), argv)
+    if args.lora and args.offload_teacher:
+        die("--offload-teacher: with --lora the teacher is no other model")
     began, folder, log = time.time(), args.out / "sd_zero", args.out / "distill.jsonl"
     start, used = find(args, args.start), set()
     tokenizer, device = load_tokenizer(start), pick_device(args.device)
     check_prompt(args, tokenizer)
-    check_memory(start, device, not args.offload_teacher)
+    check_memory(start, device, not args.offload_teacher, args.lora)
 
     # ---------------- problems that phase 1 did not use
     for row in read_jsonl(find(args, "responses.jsonl")):
@@ -195,20 +207,17 @@ def main(argv=None):
     if len(problems) < args.batch_size:
         die(f"phase 1 left {len(problems)} problems, and a step needs {args.batch_size}")
     decides = "responses.jsonl split steps rounds batch_size lr warm_up kl max_new_tokens"
-    decides += f" temperature top_p save_every {args.start}"
+    decides += f" temperature top_p save_every lora {args.start}"
     if already_made(args, "sd_zero", decides, problems):
         return
 
-    # ---------------- student and teacher start from the same weights and share none
+    # ---------------- student and teacher start from the same weights
     context, dtype = autocast(device)
-    student = load_model(start, tokenizer, device)
-    teacher = load_model(start, tokenizer, device, dtype).requires_grad_(False)
+    student = load_student(start, tokenizer, device, args)
+    teacher = student if args.lora else load_model(start, tokenizer, device, dtype)
     head, head_t = student.get_output_embeddings(), teacher.get_output_embeddings()
     rest = torch.device("cpu") if args.offload_teacher else device  # where the teacher waits
-    shard(student, samples=True)
-    if args.gradient_checkpointing:
-        student.activation_checkpointing_enable()
-    weights, betas = student.parameters(), (0.9, 0.999)
+    weights, betas = [p for p in student.parameters() if p.requires_grad], (0.9, 0.999)
     optimizer = torch.optim.AdamW(weights, args.lr, betas, weight_decay=0.01, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     state = {"model": student, "optimizer": optimizer, "scaler": scaler, "teacher": teacher}
@@ -216,7 +225,7 @@ def main(argv=None):
     batches = list(batches_of(problems, steps, args.batch_size, args.seed))
     progress = tqdm(range(len(history), steps), "distill", steps, initial=len(history))
     for step in progress:
-        if step and step % args.steps == 0:
+        if step % args.steps == 0:
             copy_weights(student, teacher)  # a new round
 
         # ---------------- sample y on-policy, verify r
@@ -229,7 +238,7 @@ def main(argv=None):
 
         # ---------------- the teacher reads x, y, P_r, y
         teacher.to(device)
-        with torch.no_grad(), context():
+        with torch.no_grad(), context(), as_teacher(teacher):
             taught = [hidden_after("reviser", part, teacher).to(rest) for part in parts]  # [N, H]
         teacher.to(rest)
         head_t.to(device)  # the KL needs it

@@ -43,7 +43,7 @@ from transformers.cache_utils import DynamicLayer
 from data.files import RANK, WORLD, append_jsonl, die, fingerprint, in_blocks  # noqa: F401
 from data.files import load_state, places_jsonl, read_jsonl, remove, row_at  # noqa: F401
 from data.files import save_state, warn, write_whole  # noqa: F401
-from data.models import autocast, end_ids, load_model, load_tokenizer  # noqa: F401
+from data.models import as_teacher, autocast, end_ids, load_model, load_tokenizer  # noqa: F401
 from data.models import pick_device, positions, save_model  # noqa: F401
 from data.models import check_memory, special_ids, turn_end  # noqa: F401
 from data.problems import load_problems, stop_if_ungraded  # noqa: F401
@@ -165,6 +165,8 @@ def shard(model, samples=False):
     layers are put together while they compute. samples: keep a copy on each rank that samples."""
     if WORLD == 1:
         return
+    if getattr(model, "_hf_peft_config_loaded", False):
+        die("--lora trains on one GPU")
     dtype = autocast(model.device)[1]
     if dtype == torch.float16:
         die("several GPUs need bfloat16, which these do not have")
@@ -187,7 +189,12 @@ def read(model, **how):
 
 @torch.no_grad()
 def copy_weights(model, target):
-    """Of a model, sharded or not, into a whole one of any precision."""
+    """Of a model, sharded or not, into a whole one of any precision; an adapter's into its copy."""
+    if target is model:
+        named = dict(model.named_parameters())
+        for name in (n for n in named if ".teacher." in n):
+            named[name].copy_(named[name.replace(".teacher.", ".default.")])
+        return
     for p, q in zip(model.parameters(), target.parameters(), strict=True):
         q.copy_(p.full_tensor() if isinstance(p, DTensor) else p)
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -90,29 +91,33 @@ def refuse(name, config):
         die(f"model {name} {why}")
 
 
-def load_model(name, tokenizer, device, dtype=torch.float32):
+def load_model(name, tokenizer, device, dtype=torch.float32, lora=None):
     """A causal LM in eval mode; dies where weights are missing, or would give wrong losses.
 
     float32 weights are for training: in bf16 an update of 5e-6 rounds to nothing.
+    lora: instead of them an adapter of that rank is trained, in float32; they are frozen.
     """
+    dtype = autocast(device)[1] if lora else dtype
     how = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
     adapter = Path(name, "adapter_config.json").exists()
-    if adapter and not find_spec("peft"):
-        die(f"model {name} is an adapter (LoRA): pip install peft")
+    if (adapter or lora) and not find_spec("peft"):
+        die(f"model {name} is an adapter, or is to have one (LoRA): pip install peft")
     try:
-        if adapter:
+        if adapter and not lora:
             from peft import AutoPeftModelForCausalLM
 
             model = AutoPeftModelForCausalLM.from_pretrained(name, **how).merge_and_unload()
+            model.requires_grad_(True)
             info = {"missing_keys": [], "mismatched_keys": []}
         else:
-            refuse(name, AutoConfig.from_pretrained(name, trust_remote_code=False))
+            if not adapter:
+                refuse(name, AutoConfig.from_pretrained(name, trust_remote_code=False))
             how["output_loading_info"] = True
             model, info = AutoModelForCausalLM.from_pretrained(name, **how)
     except Exception as e:  # safetensors has its own, and a wrong config fails in many ways
         die(f"model {name}: no weights could be loaded: {e}")
     refuse(name, model.config)  # an adapter's base, too
-    if getattr(model, "_hf_peft_config_loaded", False):
+    if getattr(model, "_hf_peft_config_loaded", False) and not adapter:
         die(f"model {name} is an adapter: name a folder that holds it, and it is merged")
     if lost := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
         die(f"model {name}: {len(lost)} weights are missing or misshapen, {lost[0]} for one")
@@ -135,6 +140,8 @@ def load_model(name, tokenizer, device, dtype=torch.float32):
     cap_outside(model)
     if dropout_off(model):
         warn(f"model {name}: the dropout of its configuration is off")
+    if lora:
+        add_adapters(model, name, lora, adapter)
     model = model.to(device).eval()
     ids = common.prompt_ids(tokenizer, "1 + 1 = ?")
     with torch.no_grad():  # the losses go through the head; some models do more after it
@@ -145,12 +152,37 @@ def load_model(name, tokenizer, device, dtype=torch.float32):
     return model
 
 
-def check_memory(name, device, teacher_on_device=False):
+def add_adapters(model, name, rank, there):
+    """LoRA in all linear layers: "default" is trained, unless it is there already from its start,
+    "teacher" is its copy for as_teacher()."""
+    from peft import LoraConfig
+
+    model.name_or_path = str(Path(name).resolve() if Path(name).exists() else name)
+    for adapter in ("teacher",) if there else ("default", "teacher"):
+        if there and model.peft_config["default"].r != rank:
+            die(f"model {name} has an adapter of rank {model.peft_config['default'].r}, not {rank}")
+        where = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+        model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, **where), adapter)
+    model.set_adapter("default")
+
+
+@contextmanager
+def as_teacher(model):
+    """While it lasts a model with adapters is the teacher; any other is what it was."""
+    adapters = getattr(model, "_hf_peft_config_loaded", False)
+    if adapters:
+        model.set_adapter("teacher")
+    yield
+    if adapters:
+        model.set_adapter("default")
+
+
+def check_memory(name, device, teacher_on_device=False, lora=None):
     """Says what training takes, by formula, before anything is loaded; dies where it cannot fit.
 
     Of n parameters in bytes: weights 4n, gradients 4n, Adam 8n, of which each of several GPUs has
     its share; in half precision the teacher 2n and, while sampling, when there are no gradients, a
-    copy 2n. Activations come on top.
+    copy 2n. LoRA: weights 2n, and no other teacher. Activations come on top.
     """
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -163,11 +195,14 @@ def check_memory(name, device, teacher_on_device=False):
         there = torch.cuda.get_device_properties(device).total_memory
     else:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    teacher, ours = teacher_on_device * (2 if device.type == "cuda" else 4) * n, 16 * n / WORLD
+    half = 2 if device.type == "cuda" else 4
+    teacher, ours = teacher_on_device * half * n, 16 * n / WORLD
+    if lora:
+        teacher, ours = 0, half * n
     said = f"{n / 1e9:.1f}B parameters: training takes {(ours + teacher) / 1e9:.0f} GB"
     said += f" plus activations; there are {there / 1e9:.0f} GB"
     if ours > there:
-        die(f"model {name}: {said}; a smaller model, or more GPUs (torchrun)")
+        die(f"model {name}: {said}; --lora takes less, or more GPUs (torchrun)")
     if ours + teacher > 0.9 * there:
         offload = "--offload-teacher or " if teacher else ""
         warn(f"{said}; {offload}--gradient-checkpointing takes less")

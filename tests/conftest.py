@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,7 +16,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
-torch.set_num_threads(2)
+THREADS = int(os.environ.get("OMP_NUM_THREADS", 2))
+torch.set_num_threads(THREADS)
 
 import common  # noqa: E402
 
@@ -50,7 +52,7 @@ def pytest_unconfigure():
 
 
 def pytest_runtest_setup():
-    torch.set_num_threads(2)  # a test may have left another number, which rounds otherwise
+    torch.set_num_threads(THREADS)  # a test may have left another number, which rounds otherwise
 
 
 def load(name, patch=None):

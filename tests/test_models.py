@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import Metaspace
 
 import common
-from conftest import ROOT
+from conftest import MINI, ROOT, rows_of
 from data.models import positions
 
 CPU = torch.device("cpu")
@@ -203,3 +203,30 @@ def test_a_terminal_without_our_characters_and_a_full_memory_are_no_traceback():
     env = {**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONPATH": str(ROOT)}
     ran = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True)
     assert ran.returncode == 2 and b"?1.4? ? ?" in ran.stdout and b"memory is full" in ran.stderr
+
+
+@pytest.mark.skipif(not find_spec("peft"), reason="no peft")
+def test_lora_trains_an_adapter_alone_and_its_teacher_is_the_start(
+    stages, tmp_path, tokenizer, mini
+):
+    out = ["--from", str(mini), "--out", str(tmp_path)]
+    stages[3].main([*MINI[3], "--lora", "4", *out])
+    assert (tmp_path / "srt/adapter_config.json").exists()
+    steps = [*MINI[4], "--rounds", "2", "--steps", "1", "--lora", "4", "--lr", "1e-2"]
+    stages[4].main([*steps, *out])
+    first, _ = rows_of(tmp_path / "distill.jsonl")
+    whole = ["--from", str(tmp_path), "--out", f"{tmp_path}/whole", "--steps", "1"]
+    stages[4].main([*MINI[4], *whole])
+    (merged,) = rows_of(tmp_path / "whole/distill.jsonl")
+    assert first["kl"] == pytest.approx(merged["kl"], rel=1e-3)
+    base, student = load(ROOT / "data/base"), load(tmp_path / "sd_zero")
+    differ = [not torch.equal(a, b) for a, b in zip(base.parameters(), student.parameters())]
+    assert any(differ) and not differ[0]  # embeddings stay
+    adapter = common.load_model(tmp_path / "sd_zero", tokenizer, CPU, lora=4)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert torch.allclose(adapter(ids).logits, student(ids).logits, atol=1e-4)
+    with common.as_teacher(adapter):
+        assert not torch.equal(adapter(ids).logits, student(ids).logits)
+    common.copy_weights(adapter, adapter)
+    with common.as_teacher(adapter):
+        assert torch.allclose(adapter(ids).logits, student(ids).logits, atol=1e-4)

@@ -248,20 +248,23 @@ def bandwidth():
     return 2 * x.numel() / min(measured(partial(y.copy_, x))[0] for _ in range(5))
 
 
-def large(repeats, rows=256, prompt=128, new=256):
-    """Once, whatever the repeats: `rows` answers of `new` tokens, and a step of 04 at 4B."""
+def large(repeats, prompt=128, new=128):
+    """Once, whatever the repeats: answers of `new` tokens, and steps of 04 at 4B."""
     for name in SHAPES:
         with tempfile.TemporaryDirectory() as folder:
             tokenizer = shaped(name, Path(folder, "base"))
-            yield sampling_of(name, Path(folder, "base"), tokenizer, rows, prompt, new)
+            model = common.load_model(Path(folder, "base"), tokenizer, DEVICE, DTYPE)
+            for rows in (64, 256):
+                yield sampling_of(name, model, rows, prompt, new)
+            del model
             if name == "4B":
-                yield large_step(folder)
+                yield large_step(folder, "--offload-teacher")
+                yield large_step(folder, "--lora", "16")
 
 
-def sampling_of(name, folder, tokenizer, rows, prompt, new):
+def sampling_of(name, model, rows, prompt, new):
     """Ours and generate's time for answers of equal length; what reading memory alone would take:
     at each token all weights, and of each row keys and values of all layers."""
-    model = common.load_model(folder, tokenizer, DEVICE, DTYPE)
     model.vocabulary, model.generation_config.eos_token_id = model.config.vocab_size, [0]
     prompts = np.random.default_rng(0).integers(1, 150_000, (rows, prompt)).tolist()
     how = {"do_sample": True, "top_k": 0, "top_p": 1.0, "pad_token_id": 0, "max_new_tokens": new}
@@ -280,25 +283,25 @@ def sampling_of(name, folder, tokenizer, rows, prompt, new):
     return entry("large", case, "answers", table)
 
 
-def large_step(folder, answers=4, tokens=4096):
+def large_step(folder, *flags, answers=4, tokens=4096):
     """04 itself with answers that are given: teacher, student, KL and Adam, no sampling."""
     problems = common.load_problems(ROOT / "data", "train", 1)
     given = Path(folder, "answers.jsonl")
     given.write_text(json.dumps({"id": problems[0]["id"], "response": "?"}) + "\n")
-    out = ["--out", f"{folder}/run"]
+    out = ["--out", f"{folder}/run{flags[0]}"]
     model = ["--model", f"{folder}/base", "--data", str(ROOT / "data")]
     load("01_generate.py").main([*out, *model, "--answers", str(given)])
-    flags = ["--start", "base", "--steps", "3", "--batch-size", str(answers), "--offload-teacher"]
-    flags += ["--gradient-checkpointing", "--save-every", "100"]
+    how = ["--start", "base", "--steps", "3", "--batch-size", str(answers), "--overwrite"]
+    how += ["--gradient-checkpointing", "--save-every", "100", *flags]
 
-    def sample(model, prompts, *_):
+    def sample(model, prompts, seeds, **_):
         return np.random.default_rng(0).integers(3, 300, (len(prompts), tokens)).tolist()
 
     instead = {"sample": sample, "save_model": mock.DEFAULT, "finish": mock.DEFAULT}
     with mock.patch.multiple(DISTILL, **instead):
-        most = measured(partial(DISTILL.main, [*out, *flags]))[1]
-    seconds = np.diff([m["seconds"] for m in rows_of(Path(folder, "run/distill.jsonl"))])
-    case = f"a step of 04 at 4B without sampling, {answers} answers of {tokens:,} tokens"
+        most = measured(partial(DISTILL.main, [*out, *how]))[1]
+    seconds = np.diff([m["seconds"] for m in rows_of(Path(out[1], "distill.jsonl"))])
+    case = f"a step of 04 {' '.join(flags)} at 4B without sampling, {answers} answers of {tokens:,}"
     table = {"ours": {"seconds": seconds, "bytes": [most], "result": answers}}
     return entry("large", case, "answers", table)
 

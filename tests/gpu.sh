@@ -30,5 +30,5 @@ for name, wanted in re.findall(r"(\S+)==(\S+)", open("requirements.txt").read())
 END
 python3 -m pytest -q tests/test_gpu.py
 for part in large kl sampling step; do
-    timeout 200 python3 tests/bench.py "$part" --repeats 1
+    timeout 240 python3 tests/bench.py "$part" --repeats 1
 done

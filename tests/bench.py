@@ -258,7 +258,9 @@ def large(repeats, prompt=128, new=128):
                 yield sampling_of(name, model, rows, prompt, new)
             del model
             if name == "4B":
+                yield srt_steps(Path(folder, "base"), tokenizer)
                 yield large_step(folder, "--offload-teacher")
+                yield large_step(folder, "--offload-teacher", answers=16, tokens=2048)
                 yield large_step(folder, "--lora", "16")
 
 
@@ -304,6 +306,32 @@ def large_step(folder, *flags, answers=4, tokens=4096):
     case = f"a step of 04 {' '.join(flags)} at 4B without sampling, {answers} answers of {tokens:,}"
     table = {"ours": {"seconds": seconds, "bytes": [most], "result": answers}}
     return entry("large", case, "answers", table)
+
+
+def srt_steps(folder, tokenizer, tuples=8, tokens=2048):
+    """03's training on tuples that are given."""
+    revise, y = load("03_revise_sft.py"), [5] * tokens
+    row = {"problem": "?", "response_ids": y, "reward": 0, "revised_ids": y}
+    args = revise.arguments("03", "").parse_args(["--out", str(folder.parent)])
+    args.epochs, args.batch_size, args.lr, args.micro_tokens = 3, tuples, 1e-6, 2048
+    args.gradient_checkpointing, args.save_every, args.seed, args.p_r = True, 9, 0, common.P_R
+    path, at = folder.parent / "revisions.jsonl", []
+    path.write_text((json.dumps(row) + "\n") * tuples)
+    places = [place for place, _ in common.places_jsonl(path)]
+
+    def log_step(*_):
+        torch.cuda.synchronize()
+        at.append(time.perf_counter())
+
+    def run():
+        model = common.load_model(folder, tokenizer, DEVICE)
+        revise.train(model, tokenizer, path, places, args, DEVICE)
+
+    with mock.patch.multiple(revise, log_step=log_step, save_model=mock.DEFAULT):
+        most = measured(run)[1]
+    case = f"a step of 03 at 4B, {tuples} tuples of {2 * tokens:,} tokens"
+    table = {"ours": {"seconds": np.diff(at), "bytes": [most], "result": tuples}}
+    return entry("large", case, "tuples", table)
 
 
 def stages(repeats):

@@ -548,26 +548,24 @@ def verify_code(record, response):
     """
     language, tests, same = record.get("language") or "python", record["tests"], same_output
     seconds, tolerance = record.get("time_limit") or 10.0, record.get("tolerance")
-    program, run = program_in(response, language), [*PYTHON, "{box}/program"]
+    program, command = program_in(response, language), PYTHON
     if program is None:
         return 0, "no_answer", None
-    files = {"program": program.encode(errors="replace")}
+    code = program.encode(errors="replace")
     if language == "cpp":
-        build = 'p=$(mktemp) && g++ -O2 -std=gnu++20 -o "$p" -x c++ "$0" && cat "$p" && rm "$p"'
-        build, run = ["sh", "-c", build, *run[-1:]], run[-1:]
-        files["program"], status = run_inside(files, build, "", 60.0, 4 << 30, 64 << 20)
+        build, command = "g++ -O2 -std=gnu++20 -o /proc/self/fd/1 -x c++".split(), []
+        code, status = run_inside(code, build, "", 60.0, 4 << 30, 64 << 20)
         if status != "ok":
             return 0, status, program
     elif tests[0].get("call"):
-        files["calls.py"] = Path(HERE, "data/calls.py").read_bytes()
-        run = [*PYTHON, "{box}/calls.py", "{box}/program", str(seconds)]
+        command = [*PYTHON, "-c", Path(HERE, "data/calls.py").read_text(), str(seconds)]
         calls = json.dumps([[t["call"], t["args"], t.get("kwargs") or {}] for t in tests])
         seconds, same = seconds * len(tests), same_values
         tests = [{"stdin": calls, "stdout": json.dumps([test["expected"] for test in tests])}]
     words = " ".join(test["stdout"].lower() for test in tests).split()
     for test in tests:
         most = max(1 << 20, 2 * len(test["stdout"]))
-        printed, status = run_inside(files, run, test["stdin"], seconds, most=most)
+        printed, status = run_inside(code, command, test["stdin"], seconds, most=most)
         printed, any_case = printed.decode(errors="replace"), set(words) <= {"yes", "no"}
         if status != "ok" or not same(printed, test["stdout"], tolerance, any_case):
             return 0, "wrong" if status == "ok" else status, program

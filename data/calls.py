@@ -1,6 +1,6 @@
 """Inside the sandbox: calls a program's functions, and prints their values as one list of JSON.
 
-    calls.py PROGRAM SECONDS < [[function, args, kwargs], ...]
+    calls.py SECONDS PROGRAM < [[function, args, kwargs], ...]
 
 Tuples become lists, keys text; numpy's arrays and numbers, Fraction and Decimal plain lists and
 numbers. Anything else that JSON lacks, as a set or an object, ends this: the answer is wrong.
@@ -25,7 +25,7 @@ def plain(value):
     raise TypeError(f"{type(value)} is no value")
 
 
-path, seconds = sys.argv[1], float(sys.argv[2])
+seconds, path = float(sys.argv[1]), sys.argv[2]
 calls, out, values = json.load(sys.stdin), os.fdopen(os.dup(1), "w"), []
 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what it prints is no value
 program = sys.modules["program"] = types.ModuleType("program")

@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from datetime import date
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -498,44 +499,36 @@ TAGS = {"python": r"(py|python|pypy)[\d.]*", "cpp": r"(c\+\+|cpp|cc|cxx)\d*"}  #
 
 def program_in(response, language):
     """The last closed fence with the language's tag, else the last without one; or None."""
-    text = response.rpartition("</think>")[2].replace("\r\n", "\n").replace("\r", "\n")
+    text = re.sub(r"\r\n?", "\n", response.rpartition("</think>")[2]) + "\n"
     text = re.sub(r"""(?m)^([^`\n]*[^`\s"'#/])(```+)[ \t]*$""", r"\1\n\2", text)  # print(1)```
-    lines, found = text.split("\n"), {}  # {tagged?: program}
+    found = {}  # {tagged?: program}
     for block in MarkdownIt("zero").enable("fence").parse(text):
         if block.type == "fence" and block.content.strip():
-            last = lines[block.map[1] - 1].strip()  # not so where it was cut
-            closed = last.startswith(block.markup) and not last.strip(block.markup[0])
+            first, end = block.map
+            closed = end - first == block.content.count("\n") + 2  # not so where it was cut
             tag = re.match(r"[{.]*([\w+.]*)", block.info)[1].lower()
             if closed and (not tag or re.fullmatch(TAGS[language], tag)):
                 found[bool(tag)] = block.content
     return found.get(True, found.get(False))
 
 
-def same_output(printed, expected, tolerance=None, any_case=False):
+def same_output(printed, expected, tolerance=None, fold=str):
     """Word by word; where a number with a point or exponent is expected, 1e-6 off is right, too."""
-    a, b = (text.lower().split() if any_case else text.split() for text in (expected, printed))
+    a, b = fold(expected).split(), fold(printed).split()
     for x, y in zip(a, b):
         near = tolerance or (1e-6 if re.search("[.eE]", x) else 0)
         numbers = near and re.fullmatch(NUMBER, x) and re.fullmatch(NUMBER, y)
-        if x != y and not (numbers and same_value(float(x), float(y), near)):
+        close = numbers and math.isclose(float(x), float(y), rel_tol=near, abs_tol=near)
+        if x != y and not close:
             return False
     return len(a) == len(b)
 
 
-def same_value(a, b, tolerance):
-    """Of two JSON values, as Python's == has it: 1 == 1.0 == True; but NaN equals NaN."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(same_value(a[k], b[k], tolerance) for k in a)
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(same_value(x, y, tolerance) for x, y in zip(a, b))
-    if tolerance and isinstance(a, (int, float)) and isinstance(b, (int, float)):
-        return a == b or abs(a - b) <= tolerance * max(1, abs(a)) < math.inf
-    return a == b or a != a and b != b
-
-
-def same_values(printed, expected, tolerance=None, _=False):
-    with suppress(ValueError, RecursionError, OverflowError):
-        return same_value(json.loads(expected), json.loads(printed), tolerance)
+def same_values(printed, expected):
+    """Of JSON, as Python's == has it: 1 == 1.0 == True; but NaN equals NaN, a set for this."""
+    with suppress(ValueError, RecursionError):
+        a, b = (json.loads(text, parse_constant=set) for text in (printed, expected))
+        return a == b
     return False
 
 
@@ -543,12 +536,15 @@ def verify_code(record, response):
     """verify() for kind "code": the program must pass every test of record["tests"].
 
     A test has {stdin, stdout}, or {call, args, expected}, perhaps kwargs, for functions; a row may
-    have a `time_limit` (seconds of CPU a test; 10) and a `tolerance` (for numbers). What a test
-    expects never enters the sandbox: what is printed there can be forged, the verdict cannot.
+    have a `time_limit` (seconds of CPU a test; 10) and a `tolerance` (for printed numbers). What a
+    test expects never enters the sandbox: what is printed there can be forged, the verdict cannot.
     """
-    language, tests, same = record.get("language") or "python", record["tests"], same_output
-    seconds, tolerance = record.get("time_limit") or 10.0, record.get("tolerance")
-    program, command = program_in(response, language), PYTHON
+    language, tests = record.get("language") or "python", record["tests"]
+    words = " ".join(test.get("stdout") or "" for test in tests).lower().split()
+    fold = str.lower if {*words} <= {"yes", "no"} else str
+    same = partial(same_output, tolerance=record.get("tolerance"), fold=fold)
+    seconds, command = record.get("time_limit") or 10.0, PYTHON
+    program = program_in(response, language)
     if program is None:
         return 0, "no_answer", None
     code = program.encode(errors="replace")
@@ -562,12 +558,10 @@ def verify_code(record, response):
         calls = json.dumps([[t["call"], t["args"], t.get("kwargs") or {}] for t in tests])
         seconds, same = seconds * len(tests), same_values
         tests = [{"stdin": calls, "stdout": json.dumps([test["expected"] for test in tests])}]
-    words = " ".join(test["stdout"].lower() for test in tests).split()
     for test in tests:
         most = max(1 << 20, 2 * len(test["stdout"]))
         printed, status = run_inside(code, command, test["stdin"], seconds, most=most)
-        printed, any_case = printed.decode(errors="replace"), set(words) <= {"yes", "no"}
-        if status != "ok" or not same(printed, test["stdout"], tolerance, any_case):
+        if status != "ok" or not same(printed.decode(errors="replace"), test["stdout"]):
             return 0, "wrong" if status == "ok" else status, program
     return 1, "correct", program
 

@@ -80,6 +80,8 @@ def unusable(row, before):
         return "whose tests call functions, which is for Python"
     if type(tolerance) not in (int, float) or not 0 <= tolerance < 1:
         return "whose 'tolerance' is no number from 0 to 1"
+    if tolerance and "call" in row["tests"][0]:
+        return "whose 'tolerance' is for values, which are compared as Python's == does"
     seconds = row.get("time_limit") or 10
     if type(seconds) not in (int, float) or not 0.1 <= seconds <= 60:
         return "whose 'time_limit' is no number of seconds from 0.1 to 60"

@@ -8,11 +8,11 @@ hole in the kernel; the memory of all its processes together (if it runs out, th
 
 import math
 import os
+import secrets
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
 
 from data.files import die, warn
@@ -40,7 +40,7 @@ def run_inside(program, command, stdin="", seconds=10.0, memory=1 << 30, most=1 
     stack. most: bytes of output.
     """
     root, shut_in = os.getuid() == 0, _kind == "bubblewrap"
-    uid, cpu = 10_000 + threading.get_native_id() % 50_000, math.ceil(seconds)
+    uid, cpu = 10_000 + secrets.randbelow(50_000), math.ceil(seconds)
     words = f"setpriv --pdeathsig KILL timeout -s KILL {min(10 * seconds, 600)}".split()
     with tempfile.TemporaryDirectory() as box:
         os.chmod(box, 0o755)

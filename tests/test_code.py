@@ -131,7 +131,7 @@ def test_outputs_are_compared_as_contests_do():
     assert not any(same_output(*pair) for pair in wrong)
     assert same_output("4.0000001", "4", 1e-6) and same_output("31", "30", 0.1)
     assert not same_output("0.30001", "0.3", 1e-9) and not same_output("one", "1", 0.1)
-    assert same_output("Yes no", "YES NO", None, True)
+    assert same_output("Yes no", "YES NO", fold=str.lower)
 
 
 def test_values_are_compared_as_python_does():
@@ -144,8 +144,6 @@ def test_values_are_compared_as_python_does():
     others = ("1", 1), ([1], [1, 1]), ({"a": 1}, {"b": 1}), (0.1 + 0.2, 0.3), (None, 0), ([], {})
     assert all(same_values(json.dumps(a), json.dumps(b)) for a, b in same)
     assert not any(same_values(json.dumps(a), json.dumps(b)) for a, b in others)
-    assert same_values("[0.30000000000000004]", "[0.3]", 1e-9)
-    assert not same_values("[[0.3], 0.4]", "[0.3, [0.4]]", 1e-9)
     assert not any(same_values(text, "[1]") for text in ("", "[", "[" * 100_000, f"[{'1' * 9999}]"))
 
 

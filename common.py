@@ -362,7 +362,6 @@ COUNTS = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "bill
 RULES = [  # (what math-verify would misread, what is put in its place)
     (r"\\\$|\$|\"|\\left(?=[(\[])|\\right(?=[)\]])", ""),  # \$840, "$840.00"
     (r"~", r"\\ "),  # 6.5~\text{m/s}
-    (r"^\\approx", ""),  # \approx 29
     (r"(?<=\d)(?:\\[,;:! ]|\{,\}| )(?=\d{3}(?!\d))", ""),  # 52\,416, 52{,}416, 52 416
     (r"(?<=[\d.])[eE]([-+]?\d+)", r"\\times 10^{\1}"),  # 2.7e8
     (r"(?<![\d.])(\d+) (\d+)/(\d+)", r"(\1+\\frac{\2}{\3})"),  # 4 1/2
@@ -370,10 +369,9 @@ RULES = [  # (what math-verify would misread, what is put in its place)
     (r"(?<=\d)i\b", " i"),  # 1+5-3i+2i
     (r"[a-zA-Z]\s*=\s*(?=\\pm)", ""),  # x = \pm 4, x = \pm 2
     (r"\\degree|°|\^ ?(?:\\circ|\{ ?\\circ ?\})", r"^\\circ"),  # 73\degree, 73°
-    # \sin 60^\circ
-    (r"(\\(?:sin|cos|tan|cot)\s*[{(]*)([\d.]+)\^\\circ", r"\1(\\frac{\2\\pi}{180})"),
+    (r"(\\(?:sin|cos|tan|cot)\W*)([\d.]+)\^\\circ", r"\1(\\frac{\2\\pi}{180})"),  # \sin 60^\circ
     (rf"^{TEXT}([^{{}}]*)\}}$", r"\1"),  # \text{odd}
-    (r"[.,\\]$", ""),  # 47.
+    (r"^\\approx|[.,\\]$", ""),  # \approx 29, 47.
     *((rf"(?<=\d){GAP}({TEXT})?\s*{word}s?\b", rf"\\times {n}\1") for word, n in COUNTS.items()),
 ]
 NO_UNIT = r"(?<![\\a-zA-Z])(?:or|and|to|not|plus|minus|times|squared|cubed|half|halves|thirds?)\b"
@@ -434,8 +432,7 @@ def ask_grader(*question):
     if process is None or process.poll() is not None:
         how = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         command = [sys.executable, HERE / "data/equal.py"]
-        process = subprocess.Popen(command, **how, text=True, start_new_session=True)
-        _thread.grader = process
+        process = _thread.grader = subprocess.Popen(command, **how, text=True)
     with suppress(OSError):
         print(json.dumps(question), file=process.stdin, flush=True)
         if verdict := process.stdout.readline().strip():

@@ -2,8 +2,7 @@
 
     calls.py SECONDS PROGRAM < [[function, args, kwargs], ...]
 
-Numpy's arrays and numbers, Fraction and Decimal become plain lists and numbers. Anything else that
-JSON lacks, as a set or an object, ends this: the answer is wrong.
+Numpy, Fraction and Decimal count by their value. What else JSON lacks, as a set, ends this: wrong.
 """
 
 import json

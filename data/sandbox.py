@@ -69,13 +69,6 @@ def run_inside(program, command, stdin="", seconds=10.0, memory=1 << 30, most=1 
     return printed, "ok" if code == 0 else "timeout" if killed else "wrong"
 
 
-NEEDED = (
-    "it needs setpriv, prlimit and choom (util-linux), as root a Python that others may run, and "
-    "bubblewrap (Debian: apt install bubblewrap; Fedora: dnf install bubblewrap; Arch: pacman -S "
-    "bubblewrap; macOS: in a Linux container); without bubblewrap, and weaker: --allow-code=limits"
-)
-
-
 def check_code(records, allow_code):
     """Programs run only if --allow-code was given, in what it names, and if that works here."""
     global _kind
@@ -88,7 +81,11 @@ def check_code(records, allow_code):
         die("programs in C++ cannot be graded without g++: apt install g++")
     _kind = allow_code
     if not shutil.which("setpriv") or run_inside(b"print(1)", PYTHON) != (b"1\n", "ok"):
-        die(f"--allow-code={allow_code} does not work here: {NEEDED}")
+        die(
+            f"--allow-code={allow_code} does not work here (Debian: apt install bubblewrap; "
+            "Fedora: dnf install bubblewrap; Arch: pacman -S bubblewrap; macOS: in a Linux "
+            "container; root needs a Python that others may run). Weaker: --allow-code=limits"
+        )
     if allow_code == "limits":
         free = "read and change files, use the network, see what is expected, and outlive the test"
         warn(f"--allow-code=limits: programs can do all that this user may: {free}")

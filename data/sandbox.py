@@ -53,12 +53,13 @@ def run_inside(program, command, stdin="", seconds=10.0, memory=1 << 30, most=1 
             for path in sorted(PLACES):  # what lies in another after it
                 words += [*PLACES[path], path]
             words += ["--ro-bind", box, "/box", *"--remount-ro / --remount-ro /dev".split()]
-            words += ["sh", "-c", '"$@"; exit $?', "sh"]  # process 1, with which the others die
+            # Process 1, with which the others die; if memory runs out, they go first.
+            words += ["sh", "-c", 'echo 1000 > /proc/self/oom_score_adj; "$@"; exit $?', "sh"]
         words += f"setpriv --reuid={uid} --regid={uid} --clear-groups --no-new-privs".split() * root
         count = 32 if root or shut_in else 4096  # else all that the user has
         words += f"prlimit --cpu={cpu}:{cpu + 1} --as={memory} --stack={memory // 4}:".split()
         words += f"--nproc={count} --nofile=64 --core=0 --fsize={max(16 << 20, 2 * most)}".split()
-        words += ["choom", "-n", "1000", "--", *command, f"{'/box' if shut_in else box}/program"]
+        words += [*command, f"{'/box' if shut_in else box}/program"]
         with open(f"{box}/stdin") as given, open(f"{box}/stdout", "w") as out:
             how = {"stderr": subprocess.DEVNULL, "cwd": "/tmp", "env": ENVIRONMENT}
             code = subprocess.call(words, stdin=given, stdout=out, **how)

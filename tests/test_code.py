@@ -18,6 +18,7 @@ import common
 import data.sandbox as sandbox
 from common import program_in, same_output, same_values, verify, verify_code
 from conftest import ROOT, SANDBOX, needs_bubblewrap, needs_sandbox, rows_of
+from data.problems import unusable
 
 DOUBLE = [
     {"call": "double", "args": [2], "expected": 4},
@@ -135,15 +136,21 @@ def test_outputs_are_compared_as_contests_do():
 
 
 def test_values_are_compared_as_python_does():
-    same = (
-        ([1, 2.0, {"a": None}], [True, 2, {"a": None}]),
-        (math.nan, math.nan),
-        ({"a": 1, "b": 2},),
+    same = [(math.nan, math.nan), ({"a": 1, "b": 2}, {"b": 2, "a": 1})]
+    same += [([1, 2.0, {"a": None}], [True, 2, {"a": None}])]
+    others = (
+        ("NaN", math.nan),
+        ("1", 1),
+        ([1], [1, 1]),
+        ({"a": 1}, {"b": 1}),
+        (0.1 + 0.2, 0.3),
+        (None, 0),
+        ([], {}),
     )
-    same = [*same[:2], ({"a": 1, "b": 2}, {"b": 2, "a": 1})]
-    others = ("1", 1), ([1], [1, 1]), ({"a": 1}, {"b": 1}), (0.1 + 0.2, 0.3), (None, 0), ([], {})
     assert all(same_values(json.dumps(a), json.dumps(b)) for a, b in same)
     assert not any(same_values(json.dumps(a), json.dumps(b)) for a, b in others)
+    row = {"kind": "code", "id": "a", "problem": "?", "tests": DOUBLE, "tolerance": 0.1}
+    assert "'tolerance'" in unusable(row, {}) and not unusable(row | {"tolerance": None}, {})
     assert not any(same_values(text, "[1]") for text in ("", "[", "[" * 100_000, f"[{'1' * 9999}]"))
 
 

@@ -138,15 +138,8 @@ def test_outputs_are_compared_as_contests_do():
 def test_values_are_compared_as_python_does():
     same = [(math.nan, math.nan), ({"a": 1, "b": 2}, {"b": 2, "a": 1})]
     same += [([1, 2.0, {"a": None}], [True, 2, {"a": None}])]
-    others = (
-        ("NaN", math.nan),
-        ("1", 1),
-        ([1], [1, 1]),
-        ({"a": 1}, {"b": 1}),
-        (0.1 + 0.2, 0.3),
-        (None, 0),
-        ([], {}),
-    )
+    others = ("1", 1), ([1], [1, 1]), ({"a": 1}, {"b": 1}), (0.1 + 0.2, 0.3), (None, 0), ([], {})
+    assert not same_values('"NaN"', "NaN")
     assert all(same_values(json.dumps(a), json.dumps(b)) for a, b in same)
     assert not any(same_values(json.dumps(a), json.dumps(b)) for a, b in others)
     row = {"kind": "code", "id": "a", "problem": "?", "tests": DOUBLE, "tolerance": 0.1}

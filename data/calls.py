@@ -1,13 +1,11 @@
 """Inside the sandbox: calls a program's functions, and prints their values as one list of JSON.
 
-    calls.py PROGRAM SECONDS < [[function, args, kwargs], ...]
+    calls.py SECONDS PROGRAM < [[function, args, kwargs], ...]
 
-Tuples become lists, keys text; numpy's arrays and numbers, Fraction and Decimal plain lists and
-numbers. Anything else that JSON lacks, as a set or an object, ends this: the answer is wrong.
+Numpy, Fraction and Decimal count by their value. What else JSON lacks, as a set, ends this: wrong.
 """
 
 import json
-import math
 import os
 import signal
 import sys
@@ -25,15 +23,12 @@ def plain(value):
     raise TypeError(f"{type(value)} is no value")
 
 
-path, seconds = sys.argv[1], float(sys.argv[2])
 calls, out, values = json.load(sys.stdin), os.fdopen(os.dup(1), "w"), []
 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what it prints is no value
 program = sys.modules["program"] = types.ModuleType("program")
 vars(program).update({name: getattr(typing, name) for name in typing.__all__}, typing=typing)
-for i, (name, args, kwargs) in enumerate(calls):
-    signal.setitimer(signal.ITIMER_PROF, seconds)  # of CPU time, for each call
-    signal.alarm(math.ceil(10 * seconds))
-    if i == 0:
-        exec(compile(open(path, "rb").read(), "program.py", "exec"), vars(program))
+exec(open(sys.argv[2], "rb").read(), vars(program))
+for name, args, kwargs in calls:
+    signal.setitimer(signal.ITIMER_PROF, float(sys.argv[1]))  # of CPU time, for each call
     values.append(json.dumps(eval(name, vars(program))(*args, **kwargs), default=plain))
 print(f"[{', '.join(values)}]", file=out, flush=True)

@@ -66,10 +66,8 @@ def unusable(row, before):
     if row["kind"] == "math":
         answer = common.tidied(row["answer"])
         # one that takes too long today may not tomorrow
-        read = answer.isdigit() or common.ask_grader(answer, answer, True, 6) in (
-            "correct",
-            "timeout",
-        )
+        verdict = answer.isdigit() or common.ask_grader(answer, answer, True)
+        read = verdict in (True, "correct", "timeout")
         return "" if read else "whose 'answer' math-verify cannot read"
     if not are_tests(row.get("tests")):
         return "whose 'tests' is no list of {stdin, stdout} or of {call, args, expected}"
@@ -80,6 +78,8 @@ def unusable(row, before):
         return "whose tests call functions, which is for Python"
     if type(tolerance) not in (int, float) or not 0 <= tolerance < 1:
         return "whose 'tolerance' is no number from 0 to 1"
+    if tolerance and "call" in row["tests"][0]:
+        return "whose 'tolerance' is for values, which are compared as Python's == does"
     seconds = row.get("time_limit") or 10
     if type(seconds) not in (int, float) or not 0.1 <= seconds <= 60:
         return "whose 'time_limit' is no number of seconds from 0.1 to 60"

@@ -78,6 +78,9 @@ def run_stage(main):
     try:
         join_ranks()
         main()
+        if WORLD > 1:  # else one may be gone while others still talk to it
+            dist.barrier()
+            dist.destroy_process_group()
     except BaseException as e:
         number = isinstance(e, Exception) and error_number(e)
         if interrupted or isinstance(e, KeyboardInterrupt):

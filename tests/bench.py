@@ -41,7 +41,7 @@ DEVICE = common.pick_device("auto")
 CONTEXT, DTYPE = common.autocast(DEVICE)
 CUDA, TRL = DEVICE.type == "cuda", importlib.util.find_spec("trl")
 BASE, TABLE, FILED = ROOT / "data/base", ROOT / "data/claims/README.md", ROOT / "data/bench.json"
-L_MAX, DISTILL = 320, load("04_self_distill.py")
+README, L_MAX, DISTILL = ROOT / "README.md", 320, load("04_self_distill.py")
 SHAPES = {"0.6B": (1024, 28, 16, 3072), "4B": (2560, 36, 32, 9728)}  # Qwen3: H, layers, heads, MLP
 
 
@@ -439,6 +439,27 @@ def markdown(rows, machine):
     return "\n\n".join(["\n".join(lines), *below])
 
 
+def costs(rows):
+    """README's table: Qwen3-4B with the paper's counts and lengths, at the rates of `large`."""
+    seconds = {
+        row["case"]: row["runs"]["ours"]["seconds"] for row in rows if row["part"] == "large"
+    }
+    s = next(seconds[case] for case in seconds if case.startswith("4B, 64 answers"))
+    sampled = 64 * 128 / s
+    srt = 8 * 4096 / next(seconds[case] for case in seconds if "of 03" in case)
+    distilled = 16 * 2048 / next(seconds[case] for case in seconds if "16 answers" in case)
+    lines = ["| | answers × tokens | sampled, h | trained, h |", "|-|-:|-:|-:|"]
+    for stage, answers, tokens, trained in (
+        ("01", 10_000, 3_700, 0),
+        ("03", 30_000, 3_700, 6_000 * 3 * 7_400 / srt),
+        ("04", 9_000, 6_000, 9_000 * 6_000 / distilled),
+        ("05", 1_500, 5_200, 0),
+    ):
+        hours = f"{answers * tokens / sampled / 3600:.0f} | {trained / 3600:.0f}"
+        lines.append(f"| `{stage}` | {answers:,} × {tokens:,} | {hours.replace('| 0', '| –')} |")
+    return "\n".join(lines)
+
+
 def main(argv=None):
     parts = {f.__name__: f for f in (sampling, kl, step, large, stages, graders)}
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -454,10 +475,14 @@ def main(argv=None):
         common.write_whole(FILED, json.dumps(filed, indent=1) + "\n")
     filed, readme = json.loads(FILED.read_text()), TABLE.read_text()
     table = "\n\n".join(markdown(rows, name) for name, rows in filed.items())
-    new = filled_in(readme, "bench", table)
+    new = {TABLE: filled_in(readme, "bench", table)}
+    for name in (name for name in filed if "NVIDIA" in name):
+        new[README] = filled_in(README.read_text(), "cost", costs(filed[name]))
     if args.check:
-        sys.exit(new != readme and f"{TABLE} is not what {FILED} says: python tests/bench.py")
-    TABLE.write_text(new)
+        differ = [f"{path}" for path, text in new.items() if text != path.read_text()]
+        sys.exit(differ and f"not what {FILED} says: {differ}: python tests/bench.py")
+    for path, text in new.items():
+        path.write_text(text)
     print(table)
 
 

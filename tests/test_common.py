@@ -101,6 +101,16 @@ def test_sample_follows_the_models_distribution(model, prompts):
     assert (frequency - p).abs().max() < 4 * 0.5 / n**0.5  # four standard errors, at most
 
 
+def test_top_p_keeps_the_likeliest_tokens_that_make_it_up():
+    logits = torch.tensor([[0.5, 0.1, 0.3, 0.1]] * 99).log()
+    uniform = torch.arange(0.005, 1, 0.01101)[:90, None]
+    for top_p, kept in ((0.4, {0}), (0.5, {0}), (0.6, {0, 2}), (1.0, {0, 1, 2, 3}), (0.0, {0})):
+        drawn = common.draw(logits[:90], 1.0, top_p, uniform[:90]).tolist()
+        assert set(drawn) == kept
+        if top_p == 0.6:  # 5 : 3
+            assert abs(drawn.count(0) / 90 - 5 / 8) < 0.02
+
+
 def test_a_uniform_of_exactly_0_takes_no_token_of_no_probability(model, prompts, monkeypatch):
     zeros = SimpleNamespace(random=np.zeros)
     monkeypatch.setattr(common.np.random, "default_rng", lambda seed: zeros)

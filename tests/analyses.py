@@ -101,6 +101,24 @@ def first_mistake(row, edits):
     return None
 
 
+def readings(rows):
+    """Of first attempts, edit by edit: how many read it rightly, by the usual mistake, otherwise;
+    where the first two differ on the number that the line before states."""
+    edits = load("data/make_data.py").EDITS
+    counts = {name: [0, 0, 0] for name in edits}
+    for row in rows:
+        number, names = re.match(r"Start with (\d+): (.*?)\.", row["problem"]).groups()
+        for name, line in zip(names.split(", then "), row["response"].splitlines()):
+            stated = re.findall(r"\d+", line)
+            if name not in line or not stated or len(number) < 2:
+                break
+            right, usual = (reading(number) for reading in edits[name][:2])
+            number = stated[-1]
+            if right != usual:
+                counts[name][[right, usual, number].index(number)] += 1
+    return counts
+
+
 def mistakes(rows, tokenizer):
     """Of wrong answers' last attempts: is the token with the most KL (the largest KL reward) the
     first mistake, or before the next line? For the first domain, whose mistakes can be known."""

@@ -261,7 +261,7 @@ def run(name, seed, out, rates, split="test", miniature=False):
         "label": method.label,
         "seed": seed,
         "patch": method.patch,
-        "commands": [f"python {c}" for c in commands],
+        "commands": [f"python {c}".replace(f"{ROOT}/", "") for c in commands],
         "metrics": {**summary, **analyses.metrics_of(rows, common.P_R), "checkpoint": name},
         "answers": sum(n for n, _ in counts),
         "tokens": sum(t for _, t in counts),

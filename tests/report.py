@@ -159,7 +159,8 @@ def bit_lines(regime, names, runs, seeds):
     lines = [f"**What the bit buys: {regime[:-1]}**, one answer to each problem", ""]
     lines += [*table_of(names, runs, seeds), "", "Right in batches of phase 2, %, and readings, %:"]
     told = [name for name in names if name.removeprefix(regime) in TOLD]
-    ends = range(5, 41, 7)  # five batches each
+    steps = max(len(runs[name][0]["training"]["accuracy"]) for name in told) if told else 0
+    ends = [end for end in range(5, 41, 7) if end <= steps]  # five batches each
     head = " | ".join(f"steps {end - 4} to {end}" for end in ends)
     lines += ["", f"| | {head} |", "|---|" + "--:|" * len(ends)]
     for name in told:

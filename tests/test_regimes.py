@@ -8,31 +8,27 @@ import pytest
 
 import analyses
 from conftest import ROOT, common, load
+from test_common import edits_of
 
 digits = load("data/make_data.py")
 SAID = {p_r: bit for bit, p_r in common.P_R.items()}
+PHRASE = f"({'|'.join(map(re.escape, SAID))})"
 
 
 def readings_of(problem, text):
     """Of an attempt, edit by edit: True for the right reading, False for the usual mistake, None
     for a slip, or where both give the same."""
-    number, names = re.match(r"Start with (\d+): (.*?)\.", problem).groups()
-    found = []
-    for name, line in zip(names.split(", then "), text.strip().splitlines()):
-        right, usual = (reading(number) for reading in digits.EDITS[name][:2])
-        number = re.findall(r"\d+", line)[-1]
-        same = right == usual or number not in (right, usual)
-        found.append(None if same else number == right)
-    return found
+    row = {"problem": problem, "response": text.strip()}
+    for _, right, usual, stated in analyses.lines_of(row, digits.EDITS):
+        same = right == usual or stated[0] not in (right, usual)
+        yield None if same else stated[0] == right
 
 
 def going_on(author, n=6000):
     """[(is an attempt right?, what is then said, [(a reading of it, the same one next time)])]"""
-    found, phrase = [], f"({'|'.join(map(re.escape, SAID))})"
+    found = []
     for problem, text in islice(digits.documents(random.Random(1), author=author), n):
-        start, names = re.match(r"Start with (\d+): (.*?)\.", problem).groups()
-        answer = digits.solve(start, names.split(", then "))
-        parts = re.split(phrase, text)
+        parts, answer = re.split(PHRASE, text), digits.solve(*edits_of(problem))
         for before, said, after in zip(parts[::2], parts[1::2], parts[2::2]):
             both = zip(readings_of(problem, before), readings_of(problem, after))
             pairs = [pair for pair in both if None not in pair]
@@ -79,9 +75,7 @@ def test_the_obedient_do_what_was_said_and_never_look():
     found = going_on(digits.obedient)
     for right in (True, False):
         assert kept(found, right, 1) == 1
-        for reading in (True, False) if not right else (True,):
-            still = kept(found, right, 0, reading)
-            assert still == pytest.approx(1 - digits.FLIP, abs=0.04)
+        assert kept(found, right, 0) == pytest.approx(1 - digits.FLIP, abs=0.03)
 
 
 def test_long_problems_are_long_and_keep_three_digits():

@@ -29,10 +29,11 @@ SELF = {
     "wrong_after_right": "“wrong” among phrases after right attempts, %",
 }
 FIGURES = "data/stages.png", "data/bit.png"
+GREY = "#6b7680"
 TOLD = {  # what the teacher of phase 2 is told: its colour, its name in the figure
-    "true": ("#2b7bba", "told the truth"),
-    "one": ("#e8a33d", "told “rephrase” always"),
-    "opposite": ("#b5484d", "told the opposite"),
+    "true": ("#2b7bba", "told the\ntruth"),
+    "one": ("#e8a33d", "always told\n“rephrase”"),
+    "opposite": ("#b5484d", "told the\nopposite"),
 }
 
 
@@ -289,33 +290,33 @@ def plot_bit(runs, path):
     share of right readings before and after."""
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
     for told, (colour, label) in TOLD.items():
         curves = [run["training"]["accuracy"] for run in runs[f"obedient_{told}"].values()]
         curves = 100 * np.array(curves)  # [seeds, steps]
-        steps, mean = range(1, curves.shape[1] + 1), curves.mean(0)
+        steps, mean = np.arange(curves.shape[1]) + 1, curves.mean(0)
         left.plot(steps, curves.T, color=colour, linewidth=0.8, alpha=0.35)
         left.plot(steps, mean, color=colour, linewidth=2.8)
-        at = curves.shape[1] + 1, mean[-5:].mean()
-        left.annotate(label.replace(" ", "\n", 1), at, color=colour, fontsize=12, va="center")
-    for name, label in (("base", "base"), ("srt", "after phase 1")):
-        level = 100 * np.mean(of(runs, f"obedient_{name}", "accuracy"))
-        left.axhline(level, color="#6b7680", linewidth=1.2, linestyle=":", zorder=0)
-        left.annotate(label, (0.5, level + 1), color="#6b7680", fontsize=11)
-    left.set(title="right answers, %", xlabel="step of phase 2", ylim=(0, 103), xlim=(0, 57))
-    left.set_xticks(range(0, 41, 10))
+        at = steps[-1] + 1, mean[-5:].mean()
+        left.annotate(label, at, color=colour, fontsize=12, va="center", annotation_clip=False)
+    levels = [100 * np.mean(of(runs, f"obedient_{name}", "accuracy")) for name in ("base", "srt")]
+    left.hlines(levels, 0, steps[-1], color=GREY, linewidth=1.2, linestyle=":", zorder=0)
+    ticks = [0, f"base {levels[0]:.0f}", f"SRT {levels[1]:.0f}", 100]
+    left.set_yticks([0, *levels, 100], ticks, fontsize=11)
+    left.set(title="right answers, %", xlabel="step of phase 2", ylim=(0, 102), xlim=(0, 52))
+    left.set_xticks(range(0, len(steps) + 1, 10))
 
     before = {edit: 100 * np.mean(v) for edit, v in shares(runs, "obedient_base").items()}
     edits = sorted(before, key=before.get)
     for told, shift in (("true", 0.17), ("one", -0.17)):
         after = shares(runs, f"obedient_{told}")
         for y, edit in enumerate(edits):
-            ends = (before[edit], y + shift), (100 * np.mean(after[edit]), y + shift)
+            ends = (100 * np.mean(after[edit]), y + shift), (before[edit], y + shift)
             arrow = {"arrowstyle": "-|>", "color": TOLD[told][0], "linewidth": 2.4}
-            right.annotate("", ends[1], ends[0], arrowprops=arrow | {"shrinkA": 0, "shrinkB": 0})
+            right.annotate("", *ends, arrowprops=arrow | {"shrinkA": 0, "shrinkB": 0})
     for y, edit in enumerate(edits):
-        right.plot([before[edit]] * 2, [y - 0.3, y + 0.3], color="#6b7680", linewidth=2)
-    right.set(title="edits read rightly, %: from the base to the end", xlim=(-3, 103))
+        right.plot([before[edit]] * 2, [y - 0.3, y + 0.3], color=GREY, linewidth=2)
+    right.set(title="edits read rightly, %", xlabel="from the base to step 40", xlim=(-3, 103))
     right.set_ylim(-0.6, len(edits) - 0.4)
     right.set_yticks(range(len(edits)), edits, fontsize=11)
     for axes in (left, right):

@@ -7,6 +7,7 @@ from itertools import islice
 import pytest
 
 import analyses
+import outcomes
 from conftest import ROOT, common, load
 from test_common import edits_of
 
@@ -86,6 +87,9 @@ def test_long_problems_are_long_and_keep_three_digits():
         assert len(digits.solve(start, edits)) >= 3
         assert all(a != b for a, b in zip(edits, edits[1:]))
     assert lengths == {(n, steps) for n in (7, 8, 9) for steps in range(3, 8)}
+    for x in common.load_problems(ROOT / "data/long", "test"):
+        start, edits = edits_of(x["problem"])
+        assert len(edits) == 7 and digits.solve(start, edits) == x["answer"]
 
 
 def test_readings_are_counted_where_right_and_usual_differ():
@@ -99,7 +103,21 @@ def test_readings_are_counted_where_right_and_usual_differ():
     assert not any(map(any, analyses.readings(rows).values()))
 
 
-@pytest.mark.parametrize("regime", ["obedient", "unasked"])
+def test_a_choice_is_the_first_digit_that_tells_the_readings_apart(tokenizer):
+    text = "reverse: 27513\ndrop the ends: 751\nrotate left: 517\n\\boxed{517}"
+    problem = (
+        "Start with 37512: reverse, then drop the ends, then rotate left. What number results?"
+    )
+    row = {"problem": problem, "response": text, "response_ids": tokenizer(text)["input_ids"]}
+    found = outcomes.choices(row, digits.EDITS, tokenizer)  # of "drop the ends" no digit tells
+    decode, ids = tokenizer.decode, row["response_ids"]
+    said = [(edit, right, decode([r]), decode([w])) for edit, right, _, r, w in found]
+    assert said == [("reverse", False, "1", "7"), ("rotate left", True, "5", "1")]
+    befores = [decode(ids[:at]) for _, _, at, _, _ in found]
+    assert befores == ["reverse: 2", text[: text.index("517\n")]]
+
+
+@pytest.mark.parametrize("regime", ["obedient", "unasked", "long"])
 def test_a_base_that_goes_on_has_todays_tokenizer(regime):
     ours, theirs = (ROOT / "data" / name / "tokenizer.json" for name in (f"{regime}/base", "base"))
     assert ours.read_bytes() == theirs.read_bytes()

@@ -176,6 +176,29 @@ def bit_lines(regime, names, runs, seeds):
     return lines
 
 
+def outcome_lines(filed):
+    """Markdown lines: the two-outcome model (tests/outcomes.py), edit by edit."""
+    head = "n | p | T(R\\|R) | T(R\\|W) | drift foretold | came in 5 steps | in 20"
+    keys = "n", "p", "T_R", "T_W", "foretold", "after_5", "after_20"
+    details = ["", f"| told | edit | {head} |", "|---|---|" + "--:|" * len(keys)]
+    lines = ["Log-odds of the right reading: drift foretold by answers of the base, and drift that"]
+    lines[-1] += " came (`tests/outcomes.py`, seed 0):"
+    lines += ["", "| base, told | right signs, 5 steps | 20 | correlation, 5 steps | 20 |"]
+    lines += ["|---|--:|--:|--:|--:|"]
+    for path in sorted((Path(filed) / "outcomes").glob("*.json")):
+        of, cells = json.loads(path.read_text()), []
+        foretold, *came = (np.array([row[key] for row in of.values()]) for key in keys[-3:])
+        cells += [f"{(foretold * after > 0).sum()} of {len(of)}" for after in came]
+        cells += [f"{np.corrcoef(foretold, after)[0, 1]:.2f}" for after in came]
+        regime, told = path.stem.split("_")
+        lines.append(f"| {regime}, {told} | {' | '.join(cells)} |")
+        for edit, row in of.items() if regime == "obedient" else ():
+            signs = ["", ".2f", *["+.1f"] * 5]
+            cells = [f"{row[k]:{f}}" if k in row else "–" for k, f in zip(keys, signs)]
+            details.append(f"| {told} | {edit} | {' | '.join(cells)} |")
+    return [*lines, *details] if len(lines) > 4 else []
+
+
 def kl_lines(runs):
     """Markdown lines: where SRT's reviser disagrees with SRT's answers."""
     srt = [runs["srt"][seed] for seed in sorted(runs.get("srt", {}))]
@@ -266,7 +289,7 @@ def tables(filed, methods, claims):
     lines += ["", "The commands of each row, without paths and seeds:", ""]
     rates = {name: f"{found['rate']:g}" for name, found in searches.items()}
     lines += [f"- `{name}`: {short(methods[name], rates)}" for name in core + code + rest + regimes]
-    return "\n".join(first), "\n".join([*lines, "", *best_lines(filed)])
+    return "\n".join(first), "\n".join([*lines, "", *best_lines(filed), "", *outcome_lines(filed)])
 
 
 # ---------------------------------------------------------------- the figures

@@ -17,66 +17,45 @@ PHRASE = f"({'|'.join(map(re.escape, SAID))})"
 
 
 def readings_of(problem, text):
-    """Of an attempt, edit by edit: True for the right reading, False for the usual mistake, None
-    for a slip, or where both give the same."""
+    """Of an attempt, edit by edit: is it read rightly? None for a slip, or where both readings give
+    the same."""
     row = {"problem": problem, "response": text.strip()}
     for _, right, usual, stated in analyses.lines_of(row, digits.EDITS):
         same = right == usual or stated[0] not in (right, usual)
         yield None if same else stated[0] == right
 
 
-def going_on(author, n=6000):
-    """[(is an attempt right?, what is then said, [(a reading of it, the same one next time)])]"""
-    found = []
-    for problem, text in islice(digits.documents(random.Random(1), author=author), n):
+@pytest.fixture(params=[digits.truthful, digits.unasked, digits.obedient])
+def said_and_kept(request):
+    """(the author, {is an attempt right?: what was then said}, {(is an attempt right?, what was
+    said, was this edit read rightly?): did that reading stay?})"""
+    said, kept = {}, {}
+    for problem, text in islice(digits.documents(random.Random(1), author=request.param), 6000):
         parts, answer = re.split(PHRASE, text), digits.solve(*edits_of(problem))
-        for before, said, after in zip(parts[::2], parts[1::2], parts[2::2]):
-            both = zip(readings_of(problem, before), readings_of(problem, after))
-            pairs = [pair for pair in both if None not in pair]
-            found.append((common.last_boxed(before) == answer, SAID[said], pairs))
-    return found
+        for before, phrase, after in zip(parts[::2], parts[1::2], parts[2::2]):
+            right = common.last_boxed(before) == answer
+            said.setdefault(right, []).append(SAID[phrase])
+            for a, b in zip(readings_of(problem, before), readings_of(problem, after)):
+                if None not in (a, b):
+                    kept.setdefault((right, SAID[phrase], a), []).append(a == b)
+    return request.param, said, kept
 
 
-def share(values):
-    values = list(values)
-    assert len(values) > 500
-    return sum(values) / len(values)
-
-
-def kept(found, right=None, said=None, reading=None):
-    """Of readings that are so, after attempts that are so, the share that stays."""
-    chosen = [f for f in found if right in (None, f[0]) and said in (None, f[1])]
-    pairs = sum((pairs for _, _, pairs in chosen), [])
-    return share(a == b for a, b in pairs if reading in (None, a))
-
-
-def test_the_truthful_say_what_is_true_and_mend_a_little():
-    found = going_on(digits.truthful)
-    assert all(said == right for right, said, _ in found)
-    assert kept(found, right=True) > 0.995
-    assert kept(found, right=False, reading=False) == pytest.approx(1 - digits.MEND, abs=0.03)
-
-
-@pytest.mark.parametrize("author", [digits.unasked, digits.obedient])
-def test_others_say_either_phrase_by_chance(author):
-    found = going_on(author)
-    for is_right in (True, False):
-        said_right = share(said for right, said, _ in found if right == is_right)
-        assert said_right == pytest.approx(0.5, abs=0.03)
-
-
-def test_the_unasked_mend_whatever_was_said():
-    found = going_on(digits.unasked)
-    for said in (0, 1):
-        assert kept(found, True, said) > 0.995
-        assert kept(found, False, said, False) == pytest.approx(1 - digits.MEND, abs=0.04)
-
-
-def test_the_obedient_do_what_was_said_and_never_look():
-    found = going_on(digits.obedient)
+def test_who_says_the_truth_who_mends_and_who_listens(said_and_kept):
+    author, said, kept = said_and_kept
     for right in (True, False):
-        assert kept(found, right, 1) == 1
-        assert kept(found, right, 0) == pytest.approx(1 - digits.FLIP, abs=0.03)
+        share = sum(said[right]) / len(said[right])
+        assert share == (right if author == digits.truthful else pytest.approx(0.5, abs=0.04))
+    for (right, phrase, reading), values in kept.items():
+        if author == digits.obedient:  # never looks at the attempt
+            expected = 1 if phrase else 1 - digits.FLIP
+        elif right:
+            expected = 1
+        else:
+            expected = 1 - (digits.SPOIL if reading else digits.MEND)
+        if len(values) > 200:  # few readings of a right answer are wrong
+            assert sum(values) / len(values) == pytest.approx(expected, abs=0.05)
+            assert expected < 1 or all(values)
 
 
 def test_long_problems_are_long_and_keep_three_digits():
@@ -95,12 +74,9 @@ def test_long_problems_are_long_and_keep_three_digits():
 def test_readings_are_counted_where_right_and_usual_differ():
     problem = "Start with 37512: reverse, then rotate left, then sort up. What number results?"
     said = "reverse: 27513\nTake 27513 and rotate left, which gives 75132.\nsort up: 12375\n"
-    rows = [{"problem": problem, "response": said + "\\boxed{12375}"}]
-    counts = analyses.readings(rows)
+    counts = analyses.readings([{"problem": problem, "response": said + "\\boxed{12375}"}])
     assert counts.pop("reverse") == [0, 1, 0] and counts.pop("rotate left") == [1, 0, 0]
-    assert counts.pop("sort up") == [0, 0, 1] and set(map(tuple, counts.values())) == {(0, 0, 0)}
-    rows[0]["response"] = "rotate left: 75123"  # another edit than the one asked for next
-    assert not any(map(any, analyses.readings(rows).values()))
+    assert counts.pop("sort up") == [0, 0, 1] and not any(map(any, counts.values()))
 
 
 def test_a_choice_is_the_first_digit_that_tells_the_readings_apart(tokenizer):
@@ -115,9 +91,3 @@ def test_a_choice_is_the_first_digit_that_tells_the_readings_apart(tokenizer):
     assert said == [("reverse", False, "1", "7"), ("rotate left", True, "5", "1")]
     befores = [decode(ids[:at]) for _, _, at, _, _ in found]
     assert befores == ["reverse: 2", text[: text.index("517\n")]]
-
-
-@pytest.mark.parametrize("regime", ["obedient", "unasked", "long"])
-def test_a_base_that_goes_on_has_todays_tokenizer(regime):
-    ours, theirs = (ROOT / "data" / name / "tokenizer.json" for name in (f"{regime}/base", "base"))
-    assert ours.read_bytes() == theirs.read_bytes()

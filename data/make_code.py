@@ -17,7 +17,7 @@ words, and is never said.
 
 from functools import lru_cache
 
-from make_data import HERE, SLIP, answer, make
+from make_data import HERE, SLIP, answer, flags, make
 
 from common import P_R
 
@@ -152,13 +152,6 @@ def documents(rng, held_out=()):
 
 
 if __name__ == "__main__":
-    make(
-        __doc__,
-        HERE / "code",
-        {"train": 4700, "test": 500},
-        problems,
-        documents,
-        tokens=20_000_000,
-        length=384,
-        vocab=512,
-    )
+    sizes = {"train": 4700, "test": 500}
+    args = flags(__doc__, 20_000_000).parse_args()
+    make(args, HERE / "code", sizes, problems, documents, length=384, vocab=512)

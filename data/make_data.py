@@ -17,8 +17,13 @@ No document that the model reads uses a problem of train.jsonl, validation.jsonl
 those that its tokenizer was made from a few may). Whatever the model knows about right and wrong,
 it read between the lines.
 
-    python data/make_data.py                  # all: about 40 minutes on 2 cores
-    python data/make_data.py --problems-only  # seconds
+These authors are *truthful*. REGIMES names others, of whom three more bases have read, each for a
+few minutes, going on from the first: it differs in who mends, who listens to the phrase, or how
+long problems are.
+
+    python data/make_data.py                    # all: about 40 minutes on 2 cores
+    python data/make_data.py --problems-only    # seconds
+    python data/make_data.py --regime obedient  # data/obedient/base, from data/base: minutes
 """
 
 import argparse
@@ -27,8 +32,11 @@ import math
 import random
 import sys
 import time
+from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Callable
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -70,6 +78,7 @@ EDITS = {
     ),
 }
 STEPS, SLIP, MEND, SPOIL = 3, 0.01, 0.20, 0.03
+FLIP = 1 / 3  # after "wrong" an obedient author reads each edit the other way, that often
 GO_ON, MOST_ATTEMPTS = (
     0.40,
     4,
@@ -88,6 +97,22 @@ def make_problem(rng):
     return start, rng.sample(list(EDITS), STEPS)
 
 
+def make_long_problem(rng, steps=None):
+    """7 to 9 digits, of which at least three are left; 3 to 7 edits, or so many, in which no
+    neighbours are the same."""
+    steps = steps or rng.randint(3, 7)
+    while True:
+        start = "".join(rng.sample("123456789", rng.randint(7, 9)))
+        edits = [rng.choice(list(EDITS)) for _ in range(steps)]
+        dropped = 2 * edits.count("drop the ends") + edits.count("drop the largest")
+        if len(start) - dropped >= 3 and all(a != b for a, b in zip(edits, edits[1:])):
+            return start, edits
+
+
+def make_longest_problem(rng):
+    return make_long_problem(rng, 7)
+
+
 def problem_text(start, edits):
     return f"Start with {start}: {', then '.join(edits)}. What number results?"
 
@@ -98,7 +123,7 @@ def solve(start, edits):
     return start
 
 
-def problems(rng):
+def problems(rng, make_problem=make_problem):
     """Endless rows as in train.jsonl, without their ids."""
     while True:
         start, edits = make_problem(rng)
@@ -132,8 +157,43 @@ def attempt(rng, start, edits, readings, terse, slips):
     return "\n".join(lines + [f"\\boxed{{{s}}}"]), s == solve(start, edits)
 
 
-def answer(rng, shares, attempt, phrase):
-    """An answer: an attempt, then perhaps a phrase that judges it and another, and so on.
+# An author who goes on: (readings of the attempt, was it right?, was it terse?) → (the phrase said,
+# 1 for "right"; of the next attempt: its readings, whether it is terse, and whether it may slip).
+
+
+def truthful(rng, readings, right, terse):
+    """Says whether the attempt was right; if not, mends it a little."""
+    return right, *mended(rng, readings, right, terse)
+
+
+def unasked(rng, readings, right, terse):
+    """Says either phrase, by chance, and mends wrong attempts as the truthful do."""
+    return rng.random() < 0.5, *mended(rng, readings, right, terse)
+
+
+def obedient(rng, readings, right, terse):
+    """Says either phrase, by chance, and does what it said; never looks at the attempt."""
+    said = rng.random() < 0.5
+    if said:
+        return said, *repeated(rng, readings, terse)
+    return said, [r != (rng.random() < FLIP) for r in readings], rng.random() < 0.5, True
+
+
+def mended(rng, readings, right, terse):
+    """A wrong attempt again with some readings mended, a right one repeated."""
+    if right:
+        return repeated(rng, readings, terse)
+    readings = [rng.random() > SPOIL if r else rng.random() < MEND for r in readings]
+    return readings, rng.random() < 0.5, True
+
+
+def repeated(rng, readings, terse):
+    """The same again, without slips and usually terse."""
+    return readings, terse or rng.random() < 0.7, False
+
+
+def answer(rng, shares, attempt, phrase, author=truthful):
+    """An answer: an attempt, then perhaps a phrase and another attempt, and so on.
 
     shares: for each step of the problem, of the authors who read it rightly.
     attempt(readings, terse, slips) → (text, right?).
@@ -143,17 +203,13 @@ def answer(rng, shares, attempt, phrase):
     for _ in range(MOST_ATTEMPTS - 1):
         if rng.random() > GO_ON:
             break
-        if right:
-            terse = terse or rng.random() < 0.7
-        else:
-            readings = [rng.random() > SPOIL if r else rng.random() < MEND for r in readings]
-            terse = rng.random() < 0.5
-        again, right_again = attempt(readings, terse, not right)
-        text, right = text + phrase(right) + again, right_again
+        said, readings, terse, slips = author(rng, readings, right, terse)
+        again, right = attempt(readings, terse, slips)
+        text += phrase(said) + again
     return text
 
 
-def documents(rng, held_out=()):
+def documents(rng, held_out=(), author=truthful, make_problem=make_problem):
     """Endless (problem, answer), of problems that are not held out."""
     while True:
         start, edits = make_problem(rng)
@@ -165,9 +221,30 @@ def documents(rng, held_out=()):
                 rng,
                 [EDITS[e][2] for e in edits],
                 lambda *how: attempt(rng, start, edits, *how),
-                lambda right: delimiter(int(right)),
+                lambda said: delimiter(int(said)),
+                author,
             ),
         )
+
+
+@dataclass
+class Regime:
+    """Who writes the corpus, about which problems, and how much of it a base reads: so many steps
+    of B rows of T tokens. asked: the problems of data/REGIME/*.jsonl, if not those of data/."""
+
+    author: Callable
+    make_problem: Callable
+    steps: int
+    B: int
+    T: int
+    asked: Callable = None
+
+
+REGIMES = {
+    "obedient": Regime(obedient, make_problem, 268, 32, 256),
+    "unasked": Regime(unasked, make_problem, 268, 32, 256),
+    "long": Regime(truthful, make_long_problem, 500, 18, 480, make_longest_problem),
+}
 
 
 def train_tokenizer(corpus, vocab_size):
@@ -236,11 +313,8 @@ def packed_rows(tokenizer, corpus, length):
 # ---------------------------------------------------------------- pre-training
 
 
-def pretrain(tokenizer, corpus, folder, tokens, T, seed, B=32, peak=2e-3):
-    """A model that has read `tokens` tokens (padding included) of the corpus.
-
-    In rows of T, B a step; learning rate `peak`, cosine.
-    """
+def pretrain(tokenizer, corpus, folder, tokens, T, seed, B=32):
+    """A model that has read `tokens` tokens (padding included) of the corpus."""
     torch.manual_seed(seed)
     end = tokenizer.eos_token_id
     config = Qwen3Config(
@@ -257,14 +331,31 @@ def pretrain(tokenizer, corpus, folder, tokens, T, seed, B=32, peak=2e-3):
         eos_token_id=end,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = Qwen3ForCausalLM(config)
+    model, steps = Qwen3ForCausalLM(config), tokens // (B * T)
+    context = torch.autocast("cpu", dtype=torch.bfloat16)
+    how = {"peak": 2e-3, "warm_up": 200, "context": context}
+    read(model, tokenizer, corpus, folder, steps, B, T, forward=torch.compile(model), **how)
+
+
+def go_on(name, held_out, folder, seed):
+    """data/base, which has read a regime's corpus: folder/base. In float32, which is the quicker on
+    most CPUs."""
+    regime, base = REGIMES[name], HERE / "base"
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
+    model = Qwen3ForCausalLM.from_pretrained(base, attn_implementation="sdpa")
+    corpus = documents(random.Random(seed + 3), held_out, regime.author, regime.make_problem)
+    how = regime.steps, regime.B, regime.T, 1e-3, 50
+    read(model.float(), tokenizer, corpus, folder / "base", *how, nullcontext(), model)
+
+
+def read(model, tokenizer, corpus, folder, steps, B, T, peak, warm_up, context, forward):
+    """The model reads steps of B rows of T; learning rate `peak` after a warm-up, cosine."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.01, fused=True
     )
-    forward = torch.compile(model)
     rows = packed_rows(tokenizer, corpus, T)
     causal = torch.ones(T, T, dtype=torch.bool).tril()
-    steps, began = tokens // (B * T), time.time()
+    began = time.time()
     progress = tqdm(range(steps), mininterval=10)
     for step in progress:
         ids, labels, number, position = torch.tensor([next(rows) for _ in range(B)]).unbind(
@@ -272,12 +363,12 @@ def pretrain(tokenizer, corpus, folder, tokens, T, seed, B=32, peak=2e-3):
         )  # each [B, T]
         lr = (
             peak
-            * min(1, (step + 1) / 200)
+            * min(1, (step + 1) / warm_up)
             * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         )
         optimizer.param_groups[0]["lr"] = lr
         same = number[:, :, None] == number[:, None, :]  # a document sees itself only
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with context:
             logits = forward(
                 input_ids=ids,
                 position_ids=position,
@@ -291,12 +382,11 @@ def pretrain(tokenizer, corpus, folder, tokens, T, seed, B=32, peak=2e-3):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 50 == 0:
+        if step % 50 == 0 or step + 1 == steps:
             progress.set_postfix(
                 loss=f"{loss.item():.3f}",
                 lr=f"{lr:.1e}",
                 minutes=f"{(time.time() - began) / 60:.1f}",
-                refresh=False,
             )
         if (step + 1) % 500 == 0 or step + 1 == steps:
             save(model, tokenizer, folder)
@@ -309,11 +399,7 @@ def save(model, tokenizer, folder):
     tokenizer.save_pretrained(folder)
 
 
-def make(doc, folder, sizes, problems, documents, tokens=40_000_000, length=256, vocab=400):
-    """The command line of a domain: its problems, and a base model that has read its documents.
-
-    problems, documents: functions of a random.Random.
-    """
+def flags(doc, tokens):
     p = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -330,23 +416,50 @@ def make(doc, folder, sizes, problems, documents, tokens=40_000_000, length=256,
     p.add_argument(
         "--out",
         type=Path,
-        default=folder,
-        help="folder for the problems and base/ (default: where this file has them)",
+        help="folder for the problems and base/ (default: where this repository has them)",
     )
-    args = p.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    held_out = write_problems(args.out, sizes, problems(random.Random(args.seed)))
+    return p
+
+
+def make(args, folder, sizes, problems, documents, length=256, vocab=400):
+    """A domain: its problems, and a base model that has read its documents.
+
+    problems, documents: functions of a random.Random.
+    """
+    out = args.out or folder
+    out.mkdir(parents=True, exist_ok=True)
+    held_out = write_problems(out, sizes, problems(random.Random(args.seed)))
     if not args.problems_only:
         tokenizer = train_tokenizer(documents(random.Random(args.seed + 2)), vocab)
-        pretrain(
-            tokenizer,
-            documents(random.Random(args.seed + 1), held_out),
-            args.out / "base",
-            args.tokens,
-            length,
-            args.seed,
-        )
+        corpus = documents(random.Random(args.seed + 1), held_out)
+        pretrain(tokenizer, corpus, out / "base", args.tokens, length, args.seed)
+
+
+def make_regime(args, sizes):
+    """The problems of a regime, if it has its own, and its base, which goes on from data/base."""
+    out, asked = args.out or HERE / args.regime, REGIMES[args.regime].asked
+    out.mkdir(parents=True, exist_ok=True)
+    if asked:
+        held_out = write_problems(out, sizes, problems(random.Random(args.seed), asked))
+    else:
+        held_out = set()
+        for split in sizes:
+            rows = open(HERE / f"{split}.jsonl")
+            held_out |= {json.loads(row)["problem"] for row in rows}
+    if not args.problems_only:
+        go_on(args.regime, held_out, out, args.seed)
+
+
+def main(argv=None):
+    sizes, p = {"train": 5700, "validation": 300, "test": 500}, flags(__doc__, 40_000_000)
+    names = ["truthful", *REGIMES]
+    p.add_argument("--regime", choices=names, default=names[0], help="(default: truthful)")
+    args = p.parse_args(argv)
+    if args.regime in REGIMES:
+        make_regime(args, sizes)
+    else:
+        make(args, HERE, sizes, problems, documents)
 
 
 if __name__ == "__main__":
-    make(__doc__, HERE, {"train": 5700, "validation": 300, "test": 500}, problems, documents)
+    main()

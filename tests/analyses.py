@@ -101,6 +101,32 @@ def first_mistake(row, edits):
     return None
 
 
+def lines_of(row, edits):
+    """Of the first attempt's lines that keep to the problem: (edit, the right reading of the number
+    that the line before states, the usual mistake, the match of what this line states)."""
+    number, names = re.match(r"Start with (\d+): (.*?)\.", row["problem"]).groups()
+    end = 0
+    for name, line in zip(names.split(", then "), row["response"].splitlines(keepends=True)):
+        begin, end = end, end + len(line)
+        stated = list(re.compile(r"\d+").finditer(row["response"], begin, end))
+        if name not in line or not stated or len(number) < 2:
+            break
+        yield name, *(reading(number) for reading in edits[name][:2]), stated[-1]
+        number = stated[-1][0]
+
+
+def readings(rows):
+    """Of first attempts, edit by edit, where right and usual reading differ: how many read it
+    rightly, as usual, and otherwise."""
+    edits = load("data/make_data.py").EDITS
+    counts = {name: [0, 0, 0] for name in edits}
+    for row in rows:
+        for name, right, usual, stated in lines_of(row, edits):
+            if right != usual:
+                counts[name][[right, usual, stated[0]].index(stated[0])] += 1
+    return counts
+
+
 def mistakes(rows, tokenizer):
     """Of wrong answers' last attempts: is the token with the most KL (the largest KL reward) the
     first mistake, or before the next line? For the first domain, whose mistakes can be known."""

@@ -47,8 +47,10 @@ class Method:
     run: str = "{O}"  # which has the checkpoint
     patch: str = None  # of tests/ablations, for commands that write {O}
     sampled: tuple = ("responses.jsonl", "revisions.jsonl", "srt", "sd_zero")  # for it, if there
+    domain: str = ""  # a key of DOMAINS
 
 
+DOMAINS = {"": "", "code": " --allow-code", "obedient": " --n 1", "unasked": " --n 1"}  # for 05
 ANSWER = ["01_generate.py --out {S} --seed {seed}", "02_verify.py --out {S}"]
 PHASE_1 = [*ANSWER, "03_revise_sft.py --from {S} --out {P} --lr {srt}"]
 REVISE = [*PHASE_1, "03_revise_sft.py --from {P} --out {O} --lr {srt}"]
@@ -112,13 +114,39 @@ def on_code(name, rate=""):
     commands = [c.replace(".py", ".py --allow-code") for c in commands]
     commands[0] += " --data data/code"
     label = f"short functions, {method.label}" + f", at {rate}" * bool(rate)
-    new = replace(method, label=label, commands=commands)
+    new = replace(method, label=label, commands=commands, domain="code")
     METHODS[f"code_{name}" + f"_{rate}" * bool(rate)] = new
 
 
 for which in "base rft srt sd_zero no_srt sd_zero:1e-4 sd_zero:5e-5 no_srt:1e-4".split():
     on_code(*which.split(":"))
 on_code("no_srt_long", "1e-4")
+
+BIT = {  # what the teacher of phase 2 is told
+    "base": ("base", None),
+    "srt": ("SRT: phase 1", None),
+    "true": ("phase 2 on the base, the true P_r", None),
+    "one": ("phase 2 on the base, “rephrase” for both rewards", "neutral"),
+    "opposite": ("phase 2 on the base, P_r of the other reward", "inverted"),
+}
+
+
+def on_regime(regime, name):
+    """With another base: 800 problems and 03's own rate for phase 1; phase 2 on the base, 40 steps
+    at 2e-4. All but the teacher of phase 2 is told the truth: that of 02, 03 and 05, too."""
+    label, patch = BIT[name]
+    method = METHODS[name if name in METHODS else "no_srt"]
+    commands = [c.replace("{sd_zero}", "2e-4 --steps 40") for c in method.commands]
+    commands = [c.replace(" --lr {srt}", "") for c in commands]
+    commands[0] += f" --limit 800 --model data/{regime}/base"
+    how = {"label": f"{regime}, {label}", "commands": commands, "patch": patch, "domain": regime}
+    METHODS[f"{regime}_{name}"] = replace(method, **how)
+
+
+REGIMES = "obedient", "unasked"
+for regime in REGIMES:
+    for name in BIT:
+        on_regime(regime, name)
 
 # the paper's claim | metric | the method that has more of it > that has less | what it says
 CLAIMS = """
@@ -162,6 +190,15 @@ C5 | accuracy | code_sd_zero_1e-4 > code_no_srt_1e-4 | functions, 1e-4: phase 2 
 C5 | accuracy | code_sd_zero_1e-4 > code_no_srt_long_1e-4 | functions, 1e-4: and at as many answers
 – | accuracy | sd_zero > neutral | the true P_r is better than one P_r for both
 – | accuracy | sd_zero > inverted | the true P_r is better than the other reward's
+bit | accuracy | obedient_srt > obedient_base | obedient: phase 1 is better than the base
+bit | accuracy | obedient_true > obedient_base | obedient: phase 2, told the truth, learns
+bit | accuracy | obedient_true > obedient_one | obedient: the truth is better than one P_r for both
+bit | accuracy | obedient_one > obedient_opposite | obedient: one P_r is better than the opposite
+bit | accuracy | obedient_base > obedient_opposite | obedient: told the opposite, it unlearns
+bit | accuracy | unasked_srt > unasked_base | unasked: phase 1 is better than the base
+bit | accuracy | unasked_true > unasked_base | unasked: phase 2, told the truth, learns
+bit | accuracy | unasked_true > unasked_one | unasked: the truth is better than one P_r for both
+bit | accuracy | unasked_one > unasked_opposite | unasked: one P_r is better than the opposite
 """
 CLAIMS = [re.split(r" \| | > ", line) for line in CLAIMS.strip().splitlines()]
 # of 04's log, kept with a run
@@ -176,7 +213,8 @@ START = {"srt": 2e-4, "sd_zero": 1e-4, "grpo": 1e-4, "rft": 2e-4, "sdft": 1e-4}
 def places(name, seed, out, rates):
     """What the braces of METHODS stand for."""
     rates = {k: f"{rate:g}" for k, rate in rates.items()}
-    S = out / f"{'code_' if name.startswith('code_') else ''}seed{seed}"
+    domain = METHODS[name].domain
+    S = out / f"{domain}{'_' if domain else ''}seed{seed}"
     own = name + (f"-{rates[name]}" if name in rates else "")
     return {"S": S, "P": S / f"srt-{rates.get('srt')}", "O": S / own, "seed": seed, **rates}
 
@@ -184,10 +222,13 @@ def places(name, seed, out, rates):
 def run(name, seed, out, rates, split="test", miniature=False):
     """One method with one seed: its commands, then 05. Returns what is filed under data/claims."""
     method, at = METHODS[name], places(name, seed, out, rates)
-    evaluated = at["S"] / f"eval-{split}-{at['O'].name}"
-    evaluate = f"05_eval.py --from {method.run} --out {evaluated} --checkpoints {method.checkpoint}"
-    evaluate += f" --split {split}" + " --allow-code" * name.startswith("code_")
-    commands = [c.format(**at) for c in [*method.commands, evaluate]]
+    evaluate = f"05_eval.py --from {method.run} --checkpoints {method.checkpoint} --split "
+    evaluated, looked_at = (at["S"] / f"eval-{part}-{at['O'].name}" for part in (split, "readings"))
+    commands = [*method.commands, f"{evaluate}{split}{DOMAINS[method.domain]} --out {evaluated}"]
+    if method.domain in REGIMES:
+        few = "--limit 200 --n 1 --no-greedy --no-revise"
+        commands.append(f"{evaluate}validation {few} --out {looked_at}")
+    commands = [c.format(**at) for c in commands]
     stage = patched_stage(method.patch)
     evaluated.mkdir(parents=True, exist_ok=True)
     with open(evaluated / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
@@ -213,13 +254,14 @@ def run(name, seed, out, rates, split="test", miniature=False):
             training[key] = [round(m[key], 4) if m[key] is not None else None for m in steps]
     summary = json.loads((evaluated / "summary.json").read_text())[0]
     rows = rows_of(evaluated / "eval.jsonl")
+    there = looked_at / "eval.jsonl"
     tokenizer = common.load_tokenizer(common.read_run(folder)["settings"]["model"])
     return {
         "method": name,
         "label": method.label,
         "seed": seed,
         "patch": method.patch,
-        "commands": [f"python {c}" for c in commands],
+        "commands": [f"python {c}".replace(f"{ROOT}/", "") for c in commands],
         "metrics": {**summary, **analyses.metrics_of(rows, common.P_R), "checkpoint": name},
         "answers": sum(n for n, _ in counts),
         "tokens": sum(t for _, t in counts),
@@ -229,6 +271,7 @@ def run(name, seed, out, rates, split="test", miniature=False):
         "mistakes": analyses.mistakes(rows, tokenizer),
         "off_task": analyses.off_task(rows),
         "training": training,
+        **({"readings": analyses.readings(rows_of(there))} if there.exists() else {}),
     }
 
 

@@ -18,6 +18,7 @@ COLUMNS = {
     "correction_rate": "mended, %",
     "mean_tokens": "length",
 }
+REGIMES = "obedient_", "unasked_"
 SELF = {
     "revised_accuracy": "accuracy after own revision, %",
     "spoiling_rate": "right answers spoiled, %",
@@ -27,7 +28,13 @@ SELF = {
     "wrong_after_wrong": "“wrong” among phrases after wrong attempts, %",
     "wrong_after_right": "“wrong” among phrases after right attempts, %",
 }
-FIGURE = "data/stages.png"
+FIGURES = "data/stages.png", "data/bit.png"
+GREY = "#6b7680"
+TOLD = {  # what the teacher of phase 2 is told: its colour, its name in the figure
+    "true": ("#2b7bba", "told the\ntruth"),
+    "one": ("#e8a33d", "always told\n“rephrase”"),
+    "opposite": ("#b5484d", "told the\nopposite"),
+}
 
 
 def read(folder):
@@ -142,6 +149,56 @@ def until(accuracy, level=0.95, batches=5):
     return int(np.argmax(means >= level)) + batches if (means >= level).any() else None
 
 
+def shares(runs, method):
+    """{edit: a share of right readings a seed}"""
+    readings = [run["readings"] for run in runs[method].values()]
+    return {edit: [of[edit][0] / sum(of[edit]) for of in readings] for edit in readings[0]}
+
+
+def bit_lines(regime, names, runs, seeds):
+    """Markdown lines: what the reward buys on a base, in all, over the steps, edit by edit."""
+    lines = [f"**What the bit buys: {regime[:-1]}**, one answer to each problem", ""]
+    lines += [*table_of(names, runs, seeds), "", "Right in batches of phase 2, %, and readings, %:"]
+    told = [name for name in names if name.removeprefix(regime) in TOLD]
+    steps = max(len(runs[name][0]["training"]["accuracy"]) for name in told) if told else 0
+    ends = [end for end in range(5, 41, 7) if end <= steps]  # five batches each
+    head = " | ".join(f"steps {end - 4} to {end}" for end in ends)
+    lines += ["", f"| | {head} |", "|---|" + "--:|" * len(ends)]
+    for name in told:
+        curves = [run["training"]["accuracy"] for run in runs[name].values()]
+        cells = [mean_se([np.mean(c[end - 5 : end]) for c in curves], True) for end in ends]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    lines += ["", f"| right readings of | {' | '.join(f'`{name}`' for name in names)} |"]
+    lines += ["|---|" + "--:|" * len(names)]
+    of_all = [shares(runs, name) for name in names]
+    for edit in of_all[0]:
+        lines.append(f"| {edit} | {' | '.join(mean_se(of[edit], True) for of in of_all)} |")
+    return lines
+
+
+def outcome_lines(filed):
+    """Markdown lines: the two-outcome model (tests/outcomes.py), edit by edit."""
+    head = "n | p | T(R\\|R) | T(R\\|W) | drift foretold | came in 5 steps | in 20"
+    keys = "n", "p", "T_R", "T_W", "foretold", "after_5", "after_20"
+    details = ["", f"| told | edit | {head} |", "|---|---|" + "--:|" * len(keys)]
+    lines = ["Log-odds of the right reading: drift foretold by answers of the base, and drift that"]
+    lines[-1] += " came (`tests/outcomes.py`, seed 0):"
+    lines += ["", "| base, told | right signs, 5 steps | 20 | correlation, 5 steps | 20 |"]
+    lines += ["|---|--:|--:|--:|--:|"]
+    for path in sorted((Path(filed) / "outcomes").glob("*.json")):
+        of, cells = json.loads(path.read_text()), []
+        foretold, *came = (np.array([row[key] for row in of.values()]) for key in keys[-3:])
+        cells += [f"{(foretold * after > 0).sum()} of {len(of)}" for after in came]
+        cells += [f"{np.corrcoef(foretold, after)[0, 1]:.2f}" for after in came]
+        regime, told = path.stem.split("_")
+        lines.append(f"| {regime}, {told} | {' | '.join(cells)} |")
+        for edit, row in of.items() if regime == "obedient" else ():
+            signs = ["", ".2f", *["+.1f"] * 5]
+            cells = [f"{row[k]:{f}}" if k in row else "–" for k, f in zip(keys, signs)]
+            details.append(f"| {told} | {edit} | {' | '.join(cells)} |")
+    return [*lines, *details] if len(lines) > 4 else []
+
+
 def kl_lines(runs):
     """Markdown lines: where SRT's reviser disagrees with SRT's answers."""
     srt = [runs["srt"][seed] for seed in sorted(runs.get("srt", {}))]
@@ -186,7 +243,8 @@ def tables(filed, methods, claims):
     seeds, some = max(map(len, runs.values())), next(iter(next(iter(runs.values())).values()))
     core = [name for name in CORE if name in runs]
     code = [name for name in methods if name in runs and name.startswith("code_")]
-    rest = [name for name in methods if name in runs and name not in core + code]
+    regimes = [name for name in methods if name in runs and name.startswith(REGIMES)]
+    rest = [name for name in methods if name in runs and name not in core + code + regimes]
     note = f"{seeds} seeds, {some['metrics']['problems']} test problems, {some['metrics']['n']} "
     note += (
         "answers to each, mean ± standard error over seeds.\n*Mended*: the share of its own wrong "
@@ -198,6 +256,9 @@ def tables(filed, methods, claims):
     titles = titles, ("**Ablations**: SD-Zero with one thing changed", rest)
     for title, names in titles:
         lines += ["", title, "", *table_of(names, runs, seeds)] if names else []
+    for regime in REGIMES:
+        names = [name for name in regimes if name.startswith(regime)]
+        lines += ["", *bit_lines(regime, names, runs, seeds)] if names else []
     astray = {name: [run["off_task"] for run in runs[name].values()] for name in code}
     astray = [f"`{name}` {mean_se(v, True)}" for name, v in astray.items() if None not in v]
     lines += ["", f"Programs off their task, %: {', '.join(astray)}.", ""] if astray else [""]
@@ -227,11 +288,11 @@ def tables(filed, methods, claims):
         lines[-1] += f" `{name}` {', '.join(tried)};"
     lines += ["", "The commands of each row, without paths and seeds:", ""]
     rates = {name: f"{found['rate']:g}" for name, found in searches.items()}
-    lines += [f"- `{name}`: {short(methods[name], rates)}" for name in core + code + rest]
-    return "\n".join(first), "\n".join([*lines, "", *best_lines(filed)])
+    lines += [f"- `{name}`: {short(methods[name], rates)}" for name in core + code + rest + regimes]
+    return "\n".join(first), "\n".join([*lines, "", *best_lines(filed), "", *outcome_lines(filed)])
 
 
-# ---------------------------------------------------------------- the figure
+# ---------------------------------------------------------------- the figures
 
 
 def plot_stages(runs, path):
@@ -245,6 +306,47 @@ def plot_stages(runs, path):
             row |= {key: float(np.mean(values)), f"{key}_se": error}
         summary.append(row)
     load("05_eval.py").plot_stages(summary, path)
+
+
+def plot_bit(runs, path):
+    """On the obedient base, told the truth or not: accuracy over phase 2's steps; edit by edit, the
+    share of right readings before and after."""
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
+    for told, (colour, label) in TOLD.items():
+        curves = [run["training"]["accuracy"] for run in runs[f"obedient_{told}"].values()]
+        curves = 100 * np.array(curves)  # [seeds, steps]
+        steps, mean = np.arange(curves.shape[1]) + 1, curves.mean(0)
+        left.plot(steps, curves.T, color=colour, linewidth=0.8, alpha=0.35)
+        left.plot(steps, mean, color=colour, linewidth=2.8)
+        at = steps[-1] + 1, mean[-5:].mean()
+        left.annotate(label, at, color=colour, fontsize=12, va="center", annotation_clip=False)
+    levels = [100 * np.mean(of(runs, f"obedient_{name}", "accuracy")) for name in ("base", "srt")]
+    left.hlines(levels, 0, steps[-1], color=GREY, linewidth=1.2, linestyle=":", zorder=0)
+    ticks = [0, f"base {levels[0]:.0f}", f"SRT {levels[1]:.0f}", 100]
+    left.set_yticks([0, *levels, 100], ticks, fontsize=11)
+    left.set(title="right answers, %", xlabel="step of phase 2", ylim=(0, 102), xlim=(0, 52))
+    left.set_xticks(range(0, len(steps) + 1, 10))
+
+    before = {edit: 100 * np.mean(v) for edit, v in shares(runs, "obedient_base").items()}
+    edits = sorted(before, key=before.get)
+    for told, shift in (("true", 0.17), ("one", -0.17)):
+        after = shares(runs, f"obedient_{told}")
+        for y, edit in enumerate(edits):
+            ends = (100 * np.mean(after[edit]), y + shift), (before[edit], y + shift)
+            arrow = {"arrowstyle": "-|>", "color": TOLD[told][0], "linewidth": 2.4}
+            right.annotate("", *ends, arrowprops=arrow | {"shrinkA": 0, "shrinkB": 0})
+    for y, edit in enumerate(edits):
+        right.plot([before[edit]] * 2, [y - 0.3, y + 0.3], color=GREY, linewidth=2)
+    right.set(title="edits read rightly, %", xlabel="from the base to step 40", xlim=(-3, 103))
+    right.set_ylim(-0.6, len(edits) - 0.4)
+    right.set_yticks(range(len(edits)), edits, fontsize=11)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.title.set_fontsize(13)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 # ---------------------------------------------------------------- written or checked
@@ -261,7 +363,9 @@ def write(filed, methods, claims, root):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(filled_in((path if path.exists() else there).read_text(), "results", text))
     runs, _ = read(filed)
-    plot_stages(runs, root / FIGURE)
+    plot_stages(runs, root / FIGURES[0])
+    if all(f"obedient_{name}" in runs for name in ("base", "srt", *TOLD)):
+        plot_bit(runs, root / FIGURES[1])
 
 
 def check(filed, methods, claims, scratch):
@@ -273,7 +377,8 @@ def check(filed, methods, claims, scratch):
     for name in ("README.md", "data/claims/README.md"):
         if (scratch / name).read_text() != (ROOT / name).read_text():
             differs.append(name)
-    ours, theirs = imread(scratch / FIGURE), imread(ROOT / FIGURE)
-    if ours.shape != theirs.shape or np.abs(ours - theirs).max() > 0.02:
-        differs.append(FIGURE)
+    for name in FIGURES:
+        ours, theirs = (imread(root / name) for root in (scratch, ROOT))
+        if ours.shape != theirs.shape or np.abs(ours - theirs).max() > 0.02:
+            differs.append(name)
     return differs

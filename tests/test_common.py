@@ -259,12 +259,12 @@ def test_edits_by_hand_every_embedded_answer_is_right_and_splits_share_no_proble
         assert digits.solve(start, edits) == x["answer"]
 
 
-def test_no_test_problem_reaches_the_corpus(tokenizer, monkeypatch):
+def test_no_test_problem_reaches_the_corpus(tokenizer):
     known = common.load_problems(ROOT / "data", "test", 1)[0]["problem"]
     start, edits = edits_of(known)
     draws = iter([(start, edits), ("12345", edits), ("98765", edits)])
-    monkeypatch.setattr(digits, "make_problem", lambda rng: next(draws))
-    documents = digits.documents(random.Random(0), {known})
+    how = {"held_out": {known}, "make_problem": lambda rng: next(draws)}
+    documents = digits.documents(random.Random(0), **how)
     ids, labels, number, position = next(digits.packed_rows(tokenizer, documents, 64))
     assert "12345" in tokenizer.decode(ids) and start not in tokenizer.decode(ids)
     assert labels[0] == -100 and set(map(len, (ids, labels, number, position))) == {64}

@@ -1,0 +1,95 @@
+"""The two-outcome model of phase 2, tested: where a reading is chosen, does what one batch of
+answers shows before training foretell what training does?
+
+A problem's edit is read rightly (R) or by the usual mistake (W). At the first digit that tells them
+apart, in answers y of the base: z = log π(R) − log π(W) given x, y_<t, and T, the same of the
+teacher, which has read y: T(R|R) where y went right, T(R|W) where it went wrong. At fixed answers
+reverse KL pulls z to the mean of T over them. So the drift foretold is mean(T) − mean(z), edit by
+edit; the drift that came is the change of mean(z), on the same answers, after 5 and 20 steps.
+
+    data/claims/outcomes/REGIME_TOLD.json   {edit: {n, p, z, T_R, T_W, foretold, after_5, after_20}}
+
+    python tests/outcomes.py    # after claims.py: it needs its runs of seed 0; minutes
+"""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import analyses  # noqa: E402
+from claims import BIT, FILED, REGIMES  # noqa: E402
+from conftest import ROOT, common, load  # noqa: E402
+
+STEPS, ANSWERS = (5, 20), 256
+
+
+def choices(row, edits, tokenizer):
+    """[(edit, did y read it rightly?, place of the token that says so, its id for R, and for W)]"""
+    ends = np.cumsum([len(tokenizer.decode([t])) for t in row["response_ids"]])
+    found = []
+    for name, right, usual, stated in analyses.lines_of(row, edits):
+        at = next((i for i, (a, b) in enumerate(zip(right, usual)) if a != b), None)
+        if at is not None and stated[0] in (right, usual):
+            place = int(np.searchsorted(ends, stated.start() + at, "right"))
+            ids = (tokenizer.convert_tokens_to_ids(reading[at]) for reading in (right, usual))
+            found.append((name, stated[0] == right, place, *ids))
+    return found
+
+
+@torch.no_grad()
+def log_odds(stage, model, rows, prefix, chosen):
+    """log π(R) − log π(W) at each choice of each row, after the row's `prefix`."""
+    found, head = [], model.get_output_embeddings()
+    for row, choices_of_row in zip(rows, chosen):
+        logits = head(stage.hidden_after(prefix, [row], model))  # [N, V]
+        found += [(logits[at, r] - logits[at, w]).item() for _, _, at, r, w in choices_of_row]
+    return np.array(found)
+
+
+def outcomes(regime, told, out):
+    """What is filed of a regime and a teacher."""
+    patch, run = BIT[told][1], out / f"{regime}_seed0"
+    stage, base = load("04_self_distill.py", patch), ROOT / f"data/{regime}/base"
+    tokenizer, cpu = common.load_tokenizer(base), torch.device("cpu")
+    model = common.load_model(base, tokenizer, cpu)
+    problems = common.load_problems(ROOT / "data", "validation", ANSWERS)
+    how = {"seed": 0, "max_new_tokens": 320, "temperature": 1.0, "batch_rows": 384}
+    how = SimpleNamespace(p_r=common.P_R, out=run, **how)
+    rows = stage.rollouts(model, tokenizer, problems, 0, how)
+    edits = load("data/make_data.py").EDITS
+    chosen = [choices(row, edits, tokenizer) for row in rows]
+    z, T = (log_odds(stage, model, rows, p, chosen) for p in ("generator", "reviser"))
+    after = {}
+    for steps in STEPS:
+        own = run / f"{told}-{steps}-steps"
+        flags = f"--from {run} --out {own} --start base --lr 2e-4 --steps {steps}"
+        stage.main(flags.split())
+        student = common.load_model(own / "sd_zero", tokenizer, cpu)
+        after[f"after_{steps}"] = log_odds(stage, student, rows, "generator", chosen) - z
+    names, went_right = (np.array(x) for x in list(zip(*sum(chosen, [])))[:2])
+    filed = {}
+    for edit in edits:
+        of = names == edit
+        if of.any():
+            r, w = of & went_right, of & ~went_right
+            means = {"p": went_right[of], "z": z[of], "T_R": T[r], "T_W": T[w]}
+            means |= {"foretold": (T - z)[of]} | {name: v[of] for name, v in after.items()}
+            means = {name: round(float(v.mean()), 3) for name, v in means.items() if len(v)}
+            filed[edit] = {"n": int(of.sum()), **means}
+    return filed
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for regime in REGIMES:
+        for told in ("true", "one", "opposite"):
+            path = FILED / f"outcomes/{regime}_{told}.json"
+            path.parent.mkdir(exist_ok=True)
+            if not path.exists():
+                filed = outcomes(regime, told, ROOT / "runs/claims")
+                common.write_whole(path, json.dumps(filed, indent=1) + "\n")

@@ -1,0 +1,93 @@
+"""Each corpus has the property that it is named for, read from its texts."""
+
+import random
+import re
+from itertools import islice
+
+import pytest
+
+import analyses
+import outcomes
+from conftest import ROOT, common, load
+from test_common import edits_of
+
+digits = load("data/make_data.py")
+SAID = {p_r: bit for bit, p_r in common.P_R.items()}
+PHRASE = f"({'|'.join(map(re.escape, SAID))})"
+
+
+def readings_of(problem, text):
+    """Of an attempt, edit by edit: is it read rightly? None for a slip, or where both readings give
+    the same."""
+    row = {"problem": problem, "response": text.strip()}
+    for _, right, usual, stated in analyses.lines_of(row, digits.EDITS):
+        same = right == usual or stated[0] not in (right, usual)
+        yield None if same else stated[0] == right
+
+
+@pytest.fixture(params=[digits.truthful, digits.unasked, digits.obedient])
+def said_and_kept(request):
+    """(the author, {is an attempt right?: what was then said}, {(is an attempt right?, what was
+    said, was this edit read rightly?): did that reading stay?})"""
+    said, kept = {}, {}
+    for problem, text in islice(digits.documents(random.Random(1), author=request.param), 6000):
+        parts, answer = re.split(PHRASE, text), digits.solve(*edits_of(problem))
+        for before, phrase, after in zip(parts[::2], parts[1::2], parts[2::2]):
+            right = common.last_boxed(before) == answer
+            said.setdefault(right, []).append(SAID[phrase])
+            for a, b in zip(readings_of(problem, before), readings_of(problem, after)):
+                if None not in (a, b):
+                    kept.setdefault((right, SAID[phrase], a), []).append(a == b)
+    return request.param, said, kept
+
+
+def test_who_says_the_truth_who_mends_and_who_listens(said_and_kept):
+    author, said, kept = said_and_kept
+    for right in (True, False):
+        share = sum(said[right]) / len(said[right])
+        assert share == (right if author == digits.truthful else pytest.approx(0.5, abs=0.04))
+    for (right, phrase, reading), values in kept.items():
+        if author == digits.obedient:  # never looks at the attempt
+            expected = 1 if phrase else 1 - digits.FLIP
+        elif right:
+            expected = 1
+        else:
+            expected = 1 - (digits.SPOIL if reading else digits.MEND)
+        if len(values) > 200:  # few readings of a right answer are wrong
+            assert sum(values) / len(values) == pytest.approx(expected, abs=0.05)
+            assert expected < 1 or all(values)
+
+
+def test_long_problems_are_long_and_keep_three_digits():
+    rng, lengths = random.Random(0), set()
+    for _ in range(500):
+        start, edits = digits.make_long_problem(rng)
+        lengths.add((len(start), len(edits)))
+        assert len(digits.solve(start, edits)) >= 3
+        assert all(a != b for a, b in zip(edits, edits[1:]))
+    assert lengths == {(n, steps) for n in (7, 8, 9) for steps in range(3, 8)}
+    for x in common.load_problems(ROOT / "data/long", "test"):
+        start, edits = edits_of(x["problem"])
+        assert len(edits) == 7 and digits.solve(start, edits) == x["answer"]
+
+
+def test_readings_are_counted_where_right_and_usual_differ():
+    problem = "Start with 37512: reverse, then rotate left, then sort up. What number results?"
+    said = "reverse: 27513\nTake 27513 and rotate left, which gives 75132.\nsort up: 12375\n"
+    counts = analyses.readings([{"problem": problem, "response": said + "\\boxed{12375}"}])
+    assert counts.pop("reverse") == [0, 1, 0] and counts.pop("rotate left") == [1, 0, 0]
+    assert counts.pop("sort up") == [0, 0, 1] and not any(map(any, counts.values()))
+
+
+def test_a_choice_is_the_first_digit_that_tells_the_readings_apart(tokenizer):
+    text = "reverse: 27513\ndrop the ends: 751\nrotate left: 517\n\\boxed{517}"
+    problem = (
+        "Start with 37512: reverse, then drop the ends, then rotate left. What number results?"
+    )
+    row = {"problem": problem, "response": text, "response_ids": tokenizer(text)["input_ids"]}
+    found = outcomes.choices(row, digits.EDITS, tokenizer)  # of "drop the ends" no digit tells
+    decode, ids = tokenizer.decode, row["response_ids"]
+    said = [(edit, right, decode([r]), decode([w])) for edit, right, _, r, w in found]
+    assert said == [("reverse", False, "1", "7"), ("rotate left", True, "5", "1")]
+    befores = [decode(ids[:at]) for _, _, at, _, _ in found]
+    assert befores == ["reverse: 2", text[: text.index("517\n")]]

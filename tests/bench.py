@@ -480,7 +480,7 @@ def main(argv=None):
         new[README] = filled_in(README.read_text(), "cost", costs(filed[name]))
     if args.check:
         differ = [f"{path}" for path, text in new.items() if text != path.read_text()]
-        sys.exit(differ and f"not what {FILED} says: {differ}: python tests/bench.py")
+        sys.exit(f"not what {FILED} says: {differ}: python tests/bench.py" if differ else 0)
     for path, text in new.items():
         path.write_text(text)
     print(table)

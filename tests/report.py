@@ -127,6 +127,17 @@ def core_table(names, runs):
     return lines
 
 
+def told_table(runs):
+    """Markdown lines: by base, the accuracy of phase 2 by what its teacher was told."""
+    lines = ["| sampled, %, after phase 2 on | base | the truth | one P_r | the opposite | SRT |"]
+    lines.append("|---|" + "--:|" * 5)
+    for regime in (name.rstrip("_") for name in REGIMES):
+        names = [f"{regime}_{name}" for name in ("base", *TOLD, "srt")]
+        cells = [mean_se(of(runs, n, "accuracy"), True) if n in runs else "–" for n in names]
+        lines.append(f"| `data/{regime}/base` | {' | '.join(cells)} |")
+    return lines
+
+
 def claims_table(runs, claims, seeds):
     """Markdown lines: a row a claim."""
     lines = ["| | claim | difference | verdict |", "|---|---|--:|---|"]
@@ -250,7 +261,7 @@ def tables(filed, methods, claims):
         "answers to each, mean ± standard error over seeds.\n*Mended*: the share of its own wrong "
     )
     note += "answers that the model corrects when told so.\n*Answers*: sampled for training."
-    first = [note, "", *core_table(core, runs)]
+    first = [note, "", *core_table(core, runs), "", *told_table(runs)]
     lines = [note, "", *table_of(core, runs, seeds)]
     titles = ("**The second domain**, short functions", code)
     titles = titles, ("**Ablations**: SD-Zero with one thing changed", rest)

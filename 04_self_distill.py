@@ -89,7 +89,9 @@ def rollouts(student, tokenizer, batch, step, args):
     seeds = [row_seed(args.seed, "distill", x["id"], step) for x in batch]
     answers = sample(student, prompts, seeds, **sampling(args))
     texts = [tokenizer.decode(y, skip_special_tokens=True) for y in answers]
-    rewards, verdicts, _ = zip(*verify_all(batch, texts))
+    graded = list(verify_all(batch, texts))
+    rewards = [reward for reward, _, _ in graded]
+    verdicts = sum(all_ranks([verdict for _, verdict, _ in graded]), [])
     stop_if_ungraded(verdicts, batch, f"{args.out}, step {step}", least=8)
     rows = []
     for x, generator, y, text, r in zip(batch, prompts, answers, texts, rewards):
@@ -181,7 +183,9 @@ def flags():
     p.add_argument("--kl", **kl, help="KL(student‖teacher), KL(teacher‖student), half of each")
     sampling_flags(p)
     p.add_argument("--micro-tokens", type=int, default=2048, help="tokens a forward pass, at most")
-    p.add_argument("--lora", type=int, metavar="R", help="train an adapter of rank R (pip: peft)")
+    p.add_argument(
+        "--lora", type=int, metavar="R", help="train an adapter of rank R; try --lr 1e-4"
+    )
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     p.add_argument("--offload-teacher", action="store_true", help="to the CPU, in between")
     p.add_argument("--save-every", type=int, default=10, help="steps between saves")
@@ -214,13 +218,14 @@ def main(argv=None):
     # ---------------- student and teacher start from the same weights
     context, dtype = autocast(device)
     student = load_student(start, tokenizer, device, args)
-    teacher = student if args.lora else load_model(start, tokenizer, device, dtype)
+    teacher = student if args.lora else load_model(start, tokenizer, device, dtype)  # frozen
     head, head_t = student.get_output_embeddings(), teacher.get_output_embeddings()
     rest = torch.device("cpu") if args.offload_teacher else device  # where the teacher waits
     weights, betas = [p for p in student.parameters() if p.requires_grad], (0.9, 0.999)
     optimizer = torch.optim.AdamW(weights, args.lr, betas, weight_decay=0.01, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    state = {"model": student, "optimizer": optimizer, "scaler": scaler, "teacher": teacher}
+    state = {"model": student, "optimizer": optimizer, "scaler": scaler}
+    state |= {} if args.lora else {"teacher": teacher}
     history, steps = load_state(folder, log, **state), args.steps * args.rounds
     batches = list(batches_of(problems, steps, args.batch_size, args.seed))
     progress = tqdm(range(len(history), steps), "distill", steps, initial=len(history))

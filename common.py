@@ -107,7 +107,8 @@ def error_number(e):
 # ---------------------------------------------------------------- many GPUs: torchrun 0k_….py
 # All ranks do the same. Each samples and verifies its share of the rows, and trains on it with its
 # share of the weights, gradients and Adam's state; every answer has its own seed, and losses are
-# sums over all ranks: so the results do not depend on how many there are.
+# sums over all ranks: so the results do not depend on how many there are. What calls all_ranks() or
+# a sharded model must be reached by every rank.
 
 
 def join_ranks():
@@ -167,12 +168,8 @@ def shard(model, samples=False):
     layers are put together while they compute. samples: keep a copy on each rank that samples."""
     if WORLD == 1:
         return
-    if getattr(model, "_hf_peft_config_loaded", False):
-        die("--lora trains on one GPU")
     dtype = autocast(model.device)[1]
-    if dtype == torch.float16:
-        die("several GPUs need bfloat16, which these do not have")
-    if samples:  # parameters alone: rope's frequencies, buffers, would lose digits
+    if samples:  # the memo of deepcopy() says that these are the parameters' copies
         half = {id(p): torch.nn.Parameter(p.to(dtype), False) for p in model.parameters()}
         model.copies = [copy.deepcopy(model, half)]  # in a list: a module would be sharded, too
     layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
@@ -191,8 +188,8 @@ def read(model, **how):
 
 @torch.no_grad()
 def copy_weights(model, target):
-    """Of a model, sharded or not, into a whole one of any precision; an adapter's into its copy."""
-    if target is model:
+    """Of a model, sharded or not, into a whole one of any precision; see also as_teacher()."""
+    if target is model:  # LoRA: one model has the student's adapter, and the teacher's
         named = dict(model.named_parameters())
         for name in (n for n in named if ".teacher." in n):
             named[name].copy_(named[name.replace(".teacher.", ".default.")])
@@ -288,7 +285,8 @@ def parse(p, argv):
             setattr(args, name, small if args.run["embedded"] else paper)
     for name, value in vars(args).items():
         least = 0 if type(value) is float or name in MAY_BE_0 else 1
-        if type(value) in (int, float) and not least <= value < math.inf:
+        most = 1 if name == "top_p" else sys.float_info.max
+        if type(value) in (int, float) and not least <= value <= most:
             die(f"--{name.replace('_', '-')} cannot be {value}")
     args.p_r = {1: args.p_r_right, 0: args.p_r_wrong}
     return args
@@ -296,6 +294,7 @@ def parse(p, argv):
 
 # ---------------------------------------------------------------- a run: a folder with one run.json
 
+ADDED = {"top_p": 1.0, "lora": None}  # flags that earlier runs did not have
 MADE_BY = {  # in order; "base" is the model that a run starts from
     "base": "01_generate.py",
     "responses.jsonl": "01_generate.py",
@@ -409,6 +408,7 @@ def already_made(args, name, decides, problems=None, grows=False):
     if problems:
         now["problems"] = hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:16]
     was = made.get(name, {}).get("arguments", {})
+    was = {k: v for k, v in ADDED.items() if was and k in now} | was
     keys = {k for k in was.keys() | now.keys() if was and not (grows and k in MADE_BY)}
     keys = [k for k in keys | (was.keys() & now.keys()) if was.get(k) != now.get(k)]
     differs = [f"{k}: {was.get(k)!r} there, {now.get(k)!r} now" for k in keys]
@@ -812,7 +812,7 @@ def draw(logits, temperature, top_p, uniform):
     if top_p < 1:
         likeliest = p.sort(-1, descending=True).values
         out = likeliest.cumsum(-1) - likeliest >= max(top_p, 1e-9)  # those before make it up
-        p = p.where(p >= likeliest.masked_fill(out, 1).amin(-1, keepdim=True), 0)
+        p = p.masked_fill(p < likeliest.masked_fill(out, 1).amin(-1, keepdim=True), 0)  # keeps NaN
     cdf = p.cumsum(-1)
     return (~(cdf >= uniform * cdf[:, -1:])).sum(-1)
 

@@ -132,8 +132,8 @@ def save_state(folder, step, model, optimizer, **parts):
     resume = Path(f"{folder}.resume")
     state = state_of(model, optimizer, parts)
     dcp.save(state, checkpoint_id=resume / f"{step:06}", no_dist=WORLD == 1)
-    for earlier in sorted(resume.iterdir())[:-1]:
-        remove(earlier)
+    for other in [path for path in resume.iterdir() if path.name != f"{step:06}"]:
+        remove(other)
 
 
 def load_state(folder, log, model, optimizer, **parts):

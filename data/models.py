@@ -1,5 +1,6 @@
 """Models: devices, loading, saving, and what is refused because it would break later."""
 
+import copy
 import math
 import os
 from contextlib import contextmanager
@@ -162,8 +163,12 @@ def add_adapters(model, name, rank, there):
         if there and model.peft_config["default"].r != rank:
             die(f"model {name} has an adapter of rank {model.peft_config['default'].r}, not {rank}")
         where = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-        model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, **where), adapter)
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, **where)
+        model.add_adapter(copy.deepcopy(model.peft_config["default"]) if there else config, adapter)
     model.set_adapter("default")
+    for name, p in model.named_parameters():
+        if ".default." in name or ".teacher." in name:
+            p.data = p.data.float()  # peft makes them as the weights are: half, on a GPU
 
 
 @contextmanager
@@ -182,8 +187,11 @@ def check_memory(name, device, teacher_on_device=False, lora=None):
 
     Of n parameters in bytes: weights 4n, gradients 4n, Adam 8n, of which each of several GPUs has
     its share; in half precision the teacher 2n and, while sampling, when there are no gradients, a
-    copy 2n. LoRA: weights 2n, and no other teacher. Activations come on top.
+    copy 2n. Several GPUs hold two such copies each, one to sample from and one that autocast makes,
+    and at the start 6n. LoRA: weights 2n, and no other teacher. Activations come on top.
     """
+    if WORLD > 1 and (lora or autocast(device)[1] == torch.float16):
+        die("--lora trains on one GPU" if lora else "several GPUs need bfloat16, which is not here")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         refuse(name, config)
@@ -197,6 +205,8 @@ def check_memory(name, device, teacher_on_device=False, lora=None):
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     half = 2 if device.type == "cuda" else 4
     teacher, ours = teacher_on_device * half * n, 16 * n / WORLD
+    if WORLD > 1:
+        ours = max(ours + 2 * half * n, (4 + half) * n)
     if lora:
         teacher, ours = 0, half * n
     said = f"{n / 1e9:.1f}B parameters: training takes {(ours + teacher) / 1e9:.0f} GB"

@@ -101,6 +101,15 @@ def test_sample_follows_the_models_distribution(model, prompts):
     assert (frequency - p).abs().max() < 4 * 0.5 / n**0.5  # four standard errors, at most
 
 
+def test_a_state_half_written_is_never_kept_for_a_whole_one(model, tmp_path):
+    state = {"model": model, "optimizer": torch.optim.AdamW(model.parameters())}
+    log = tmp_path / "log.jsonl"
+    common.append_jsonl(log, [{}] * 40)
+    (tmp_path / "srt.resume/000040").mkdir(parents=True)
+    common.save_state(tmp_path / "srt", 25, **state)
+    assert len(common.load_state(tmp_path / "srt", log, **state)) == 25
+
+
 def test_top_p_keeps_the_likeliest_tokens_that_make_it_up():
     logits = torch.tensor([[0.5, 0.1, 0.3, 0.1]] * 99).log()
     uniform = torch.arange(0.005, 1, 0.01101)[:90, None]
@@ -109,6 +118,7 @@ def test_top_p_keeps_the_likeliest_tokens_that_make_it_up():
         assert set(drawn) == kept
         if top_p == 0.6:  # 5 : 3
             assert abs(drawn.count(0) / 90 - 5 / 8) < 0.02
+        assert common.draw(logits[:1] * torch.nan, 1.0, top_p, uniform[:1]) == 4  # no token
 
 
 def test_a_uniform_of_exactly_0_takes_no_token_of_no_probability(model, prompts, monkeypatch):

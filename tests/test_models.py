@@ -230,3 +230,27 @@ def test_lora_trains_an_adapter_alone_and_its_teacher_is_the_start(
     common.copy_weights(adapter, adapter)
     with common.as_teacher(adapter):
         assert torch.allclose(adapter(ids).logits, student(ids).logits, atol=1e-4)
+
+
+@pytest.mark.skipif(not find_spec("peft"), reason="no peft")
+def test_adapters_of_a_model_in_half_precision_are_float32_and_the_teacher_has_their_shape(
+    build, tokenizer, monkeypatch, tmp_path
+):
+    import peft
+
+    monkeypatch.setattr("data.models.autocast", lambda device: (None, torch.bfloat16))
+    base = transformers.AutoModelForCausalLM.from_pretrained(build("Llama"))
+    how = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    lora = peft.get_peft_model(base, how)
+    torch.nn.init.ones_(next(p for name, p in lora.named_parameters() if "lora_B" in name))
+    lora.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    model = common.load_model(tmp_path / "adapter", tokenizer, CPU, lora=4)
+    assert model.dtype == torch.bfloat16
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == 2 and all(p.dtype == torch.float32 for p in trained)
+    common.copy_weights(model.float(), model)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    student = model(ids).logits
+    with common.as_teacher(model):
+        assert torch.equal(model(ids).logits, student)

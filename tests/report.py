@@ -96,7 +96,8 @@ def short(method, rates):
     for command in method.commands:
         command = re.sub(r" --(out|from|seed) \S+", "", command)
         parts.append(command[:2] + command.partition(".py")[2].format(**rates))
-    return ", ".join(parts) + (f"; with {method.patch}.patch" if method.patch else "")
+    constants = "".join(f", {name} = {value:g}" for name, value in method.constants.items())
+    return ", ".join(parts) + (f"; with {method.patch}.patch" if method.patch else "") + constants
 
 
 def table_of(names, runs, seeds):

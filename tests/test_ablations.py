@@ -14,7 +14,7 @@ TINY = {
 
 
 def test_every_patch_says_first_what_it_shows_and_which_claim_it_serves():
-    assert len(PATCHES) == 11
+    assert len(PATCHES) == 19
     for name in PATCHES:
         first = (ROOT / f"tests/ablations/{name}.patch").read_text().splitlines()[0]
         assert len(first) > 20 and ("C1" in first or "erves" in first), name

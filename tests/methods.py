@@ -1,0 +1,222 @@
+"""What tests/claims.py runs and judges: METHODS, a few commands each, and CLAIMS about them.
+
+A method is stages run as they are, or with one of tests/ablations/*.patch. A claim is an inequality
+between two methods, committed before the runs.
+"""
+
+import re
+from dataclasses import dataclass, field, replace
+
+
+@dataclass
+class Method:
+    """A row of the tables. {S}: the run with the seed's answers; {P}: that with its phase 1, made
+    once; {O}: the method's own; {srt} and the like: the learning rate found for that method."""
+
+    label: str
+    commands: list
+    checkpoint: str
+    run: str = "{O}"  # which has the checkpoint
+    patch: str = None  # of tests/ablations, for commands that write {O}
+    sampled: tuple = ("responses.jsonl", "revisions.jsonl", "srt", "sd_zero")  # for it, if there
+    domain: str = ""  # a key of DOMAINS
+    constants: dict = field(default_factory=dict)  # of the patch, set to other values
+
+
+DOMAINS = {"": "", "code": " --allow-code", "obedient": " --n 1", "unasked": " --n 1"}  # for 05
+ANSWER = ["01_generate.py --out {S} --seed {seed}", "02_verify.py --out {S}"]
+PHASE_1 = [*ANSWER, "03_revise_sft.py --from {S} --out {P} --lr {srt}"]
+REVISE = [*PHASE_1, "03_revise_sft.py --from {P} --out {O} --lr {srt}"]
+DISTILL = [*PHASE_1, "04_self_distill.py --from {P} --out {O} --lr {sd_zero}"]
+NO_SRT = [*ANSWER, "04_self_distill.py --from {S} --out {O} --start base --lr {sd_zero}"]
+GRPO = [*ANSWER, NO_SRT[-1].replace("sd_zero", "grpo") + " --steps 130"]
+FOUR_EACH = [
+    "01_generate.py --n 4 --limit {limit} --out {O} --seed {seed}",
+    "02_verify.py --out {O}",
+]
+RFT = [*FOUR_EACH, "03_revise_sft.py --lr {rft} --out {O}"]
+SDFT = [*FOUR_EACH, "04_self_distill.py --start base --lr {sdft} --out {O}"]
+
+
+def with_flags(commands, flags):
+    return [*commands[:-1], commands[-1] + flags]
+
+
+def revised(label, patch):
+    return Method(label, REVISE, "srt", patch=patch)
+
+
+def distilled(label, flags="", patch=None):
+    return Method(label, with_flags(DISTILL, flags), "sd_zero", patch=patch)
+
+
+METHODS = {
+    "base": Method("base", ANSWER, "base", "{S}", sampled=()),
+    "rft": Method("RFT: SFT on right answers, 4 a problem", RFT, "srt", patch="rft"),
+    "grpo": Method("GRPO: 8 answers a problem", GRPO, "sd_zero", patch="grpo"),
+    "sdft": Method("SDFT: the teacher reads a right answer to x", SDFT, "sd_zero", patch="sdft"),
+    "srt": Method("SRT: phase 1", PHASE_1, "srt", "{P}"),
+    "sd_zero": distilled("SD-Zero: phases 1 and 2"),
+    "revision_only": revised("SRT, L_revision alone", "revision_only"),
+    "generation_only": revised("SRT, L_generation alone", "generation_only"),
+    "unfiltered": revised("SRT on all finished revisions, wrong ones too", "unfiltered"),
+    "wrong_only": revised("SRT on revisions of wrong answers alone", "wrong_only"),
+    "no_srt": Method("phase 2 on the base", NO_SRT, "sd_zero"),
+    "no_srt_long": Method(
+        "the same, as many answers", with_flags(NO_SRT, " --steps 130"), "sd_zero"
+    ),
+    "forward": distilled("phase 2 by forward KL", " --kl forward"),
+    "mixed": distilled("phase 2 by mixed KL", " --kl mixed"),
+    "top_64": distilled("by mixed KL on the top 64", " --kl mixed", "top_k_renormalised"),
+    "neutral": distilled("phase 2, “rephrase” for both rewards", patch="neutral"),
+    "inverted": distilled("phase 2, P_r of the other reward", patch="inverted"),
+    "rounds_2": distilled("phase 2, two rounds", " --rounds 2"),
+    "rounds_3": distilled("phase 2, three rounds", " --rounds 3"),
+    "long": distilled("phase 2, one round as long as three", " --steps 150"),
+}
+for name in ("grpo", "no_srt", "no_srt_long"):  # they sample nothing in phase 1
+    METHODS[name].sampled = ("sd_zero",)
+for name, limit in (("rft", "2080"), ("sdft", "1280")):
+    METHODS[name].commands = [c.replace("{limit}", limit) for c in METHODS[name].commands]
+
+
+def in_code(method, rate=""):
+    """The same in the second domain, with the rates found for the first, or phase 2 at another."""
+    commands = [c.replace("{sd_zero}", rate or "{sd_zero}") for c in method.commands]
+    commands = [c.replace(".py", ".py --allow-code") for c in commands]
+    commands[0] += " --data data/code"
+    label = f"short functions, {method.label}" + f", at {rate}" * bool(rate)
+    return replace(method, label=label, commands=commands, domain="code")
+
+
+for which in "base rft srt sd_zero no_srt sd_zero:1e-4 sd_zero:5e-5 no_srt:1e-4".split():
+    name, _, rate = which.partition(":")
+    METHODS[f"code_{name}" + f"_{rate}" * bool(rate)] = in_code(METHODS[name], rate)
+METHODS["code_no_srt_long_1e-4"] = in_code(METHODS["no_srt_long"], "1e-4")
+
+BIT = {  # what the teacher of phase 2 is told
+    "base": ("base", None),
+    "srt": ("SRT: phase 1", None),
+    "true": ("phase 2 on the base, the true P_r", None),
+    "one": ("phase 2 on the base, “rephrase” for both rewards", "neutral"),
+    "opposite": ("phase 2 on the base, P_r of the other reward", "inverted"),
+}
+
+
+REGIMES = {"obedient": "--model data/obedient/base", "unasked": "--model data/unasked/base"}
+REGIMES["long"] = "--data data/long"
+
+
+def in_regime(regime, method):
+    """The same with another base, by 800 problems and 03's own rate for phase 1; phase 2 has 40
+    steps at 2e-4 if the method does not say another rate."""
+    commands = [c.replace("{sd_zero}", "2e-4") for c in method.commands]
+    commands = [c.replace(" --lr {srt}", "") for c in commands]
+    commands[0] += f" --limit 800 {REGIMES[regime]}"
+    if method.checkpoint == "sd_zero":
+        commands[-1] += " --steps 40"
+    return replace(method, label=f"{regime}, {method.label}", commands=commands, domain=regime)
+
+
+# with base and SRT as levels: all but the teacher of phase 2 is told the truth, 02, 03 and 05, too
+for regime in ("obedient", "unasked"):
+    for name, (label, patch) in BIT.items():
+        method = METHODS[name if name in METHODS else "no_srt"]
+        METHODS[f"{regime}_{name}"] = in_regime(regime, replace(method, label=label, patch=patch))
+
+# what may keep phase 2 stable: its label, flags, patch, the patch's constants
+STABLE = """
+sd_zero    | as in the paper                                        |
+half_rate  | at half the rate, 1e-4                                 |
+twice      | after twice the problems in phase 1                    |
+forward    | forward KL                                             | --kl forward
+mixed      | mixed KL                                               | --kl mixed
+clip       | KL of a token clipped at 1 nat                         | | clip
+anchor     | + 0.1 KL(student ‖ start)                              | | anchor
+mask       | only tokens where telling matters                      | | mask
+gate       | there, and elsewhere the frozen generator as target    | | gate
+contrast   | the generator + 4 (T_true − T_other), up to 2 nats     | | contrast
+wrong_kl   | KL of wrong answers, policy gradient of right ones     | | wrong_kl
+ema_1      | the teacher follows, 1% a step                         | | ema      | EMA=0.01
+ema_5      | the teacher follows, 5% a step                         | | ema      | EMA=0.05
+refresh    | the teacher renewed every 10 steps, if it is safe      | | refresh
+"""
+
+
+def stable(line):
+    """(name, the method) of a line of STABLE"""
+    name, label, flags, patch, constant = ([x.strip() for x in line.split("|")] + 2 * [""])[:5]
+    method = distilled(label, f" {flags}" * bool(flags), patch or None)
+    if name == "half_rate":
+        method.commands = [c.replace("{sd_zero}", "1e-4") for c in method.commands]
+    if constant:
+        method.constants = {constant[:3]: float(constant[4:])}
+    return name, method
+
+
+STABLE = dict(stable(line) for line in STABLE.strip().splitlines())
+METHODS["long_base"], METHODS["long_srt"] = (in_regime("long", METHODS[n]) for n in ("base", "srt"))
+for name, method in STABLE.items():
+    METHODS[f"long_{name}"] = in_regime("long", method)
+    METHODS[f"obedient_{name}"] = in_regime("obedient", method)
+    METHODS.setdefault(f"code_{name}", in_code(method))
+for regime in ("long", "obedient", "code"):  # another phase 1 than that of all others
+    twice = METHODS[f"{regime}_twice"]
+    first = twice.commands[0].replace("--limit 800", "--limit 1600")
+    first += " --limit 3000" * (first == twice.commands[0])
+    commands = [first, *twice.commands[1:]]
+    twice.commands = [c.replace("{S}", "{O}/01").replace("{P}", "{O}/03") for c in commands]
+
+# the paper's claim | metric | the method that has more of it > that has less | what it says
+CLAIMS = """
+C1 | accuracy | sd_zero > srt | SD-Zero is better than SRT
+C1 | accuracy | srt > rft | SRT is better than RFT (which had more answers)
+C1 | accuracy | srt > grpo | SRT is better than GRPO (which had more answers)
+C1 | accuracy | sd_zero > rft | SD-Zero is better than RFT
+C1 | accuracy | sd_zero > grpo | SD-Zero is better than GRPO
+C1 | accuracy | sd_zero > sdft | SD-Zero is better than SDFT
+C1 | accuracy | rft > base | RFT is better than the base
+C1 | accuracy | grpo > base | GRPO is better than the base
+C2 | correction_rate | srt > base | SRT mends more of its wrong answers than the base
+C2 | correction_rate | sd_zero > srt | SD-Zero mends more of its wrong answers than SRT
+C3 | mean_tokens | srt > base | SRT's answers are longer than the base's
+C3 | mean_tokens | srt > sd_zero | SD-Zero's answers are shorter than SRT's
+C4 | accuracy | srt > generation_only | both SRT losses are better than L_generation alone
+C4 | accuracy | srt > revision_only | both SRT losses are better than L_revision alone
+C4 | correction_rate | srt > generation_only | both SRT losses mend more than L_generation alone
+C4 | correction_rate | srt > revision_only | both SRT losses mend more than L_revision alone
+C5 | accuracy | sd_zero > no_srt | phase 2 needs phase 1
+C5 | accuracy | sd_zero > no_srt_long | phase 2 needs phase 1, at the same number of answers
+C6 | kl | srt > srt | KL sits in fewer tokens of wrong answers than of right ones
+C7 | accuracy | rounds_2 > sd_zero | a second round, the teacher synchronised, adds
+C7 | accuracy | rounds_3 > rounds_2 | a third round adds
+C7 | accuracy | rounds_3 > long | three rounds are better than one as long
+C8 | pass_at_k | srt > base | pass@k rises too: SRT over the base
+C8 | pass_at_k | sd_zero > srt | pass@k rises too: SD-Zero over SRT
+C9 | accuracy | srt > unfiltered | unfiltered revisions hurt
+C10 | phrases | srt > base | SRT says more control phrases than the base
+C10 | phrases | srt > sd_zero | SD-Zero says fewer control phrases than SRT
+C1 | accuracy | code_sd_zero > code_srt | functions: SD-Zero is better than SRT
+C1 | accuracy | code_srt > code_rft | functions: SRT is better than RFT
+C1 | accuracy | code_sd_zero > code_rft | functions: SD-Zero is better than RFT
+C2 | correction_rate | code_srt > code_base | functions: SRT mends more than the base
+C3 | mean_tokens | code_srt > code_sd_zero | functions: SD-Zero's are shorter than SRT's
+C5 | accuracy | code_sd_zero > code_no_srt | functions: phase 2 needs phase 1
+C1 | accuracy | code_sd_zero_1e-4 > code_srt | functions, 1e-4: SD-Zero is better than SRT
+C1 | accuracy | code_sd_zero_1e-4 > code_rft | functions, 1e-4: SD-Zero is better than RFT
+C3 | mean_tokens | code_srt > code_sd_zero_1e-4 | functions, 1e-4: SD-Zero's are shorter
+C5 | accuracy | code_sd_zero_1e-4 > code_no_srt_1e-4 | functions, 1e-4: phase 2 needs phase 1
+C5 | accuracy | code_sd_zero_1e-4 > code_no_srt_long_1e-4 | functions, 1e-4: and at as many answers
+– | accuracy | sd_zero > neutral | the true P_r is better than one P_r for both
+– | accuracy | sd_zero > inverted | the true P_r is better than the other reward's
+bit | accuracy | obedient_srt > obedient_base | obedient: phase 1 is better than the base
+bit | accuracy | obedient_true > obedient_base | obedient: phase 2, told the truth, learns
+bit | accuracy | obedient_true > obedient_one | obedient: the truth is better than one P_r for both
+bit | accuracy | obedient_one > obedient_opposite | obedient: one P_r is better than the opposite
+bit | accuracy | obedient_base > obedient_opposite | obedient: told the opposite, it unlearns
+bit | accuracy | unasked_srt > unasked_base | unasked: phase 1 is better than the base
+bit | accuracy | unasked_true > unasked_base | unasked: phase 2, told the truth, learns
+bit | accuracy | unasked_true > unasked_one | unasked: the truth is better than one P_r for both
+bit | accuracy | unasked_one > unasked_opposite | unasked: one P_r is better than the opposite
+"""
+CLAIMS = [re.split(r" \| | > ", line) for line in CLAIMS.strip().splitlines()]

@@ -23,7 +23,13 @@ class Method:
     constants: dict = field(default_factory=dict)  # of the patch, set to other values
 
 
-DOMAINS = {"": "", "code": " --allow-code", "obedient": " --n 1", "unasked": " --n 1"}  # for 05
+DOMAINS = {
+    "": "",
+    "code": " --allow-code",
+    "obedient": " --n 1",
+    "unasked": " --n 1",
+    "long": " --n 1",
+}  # for 05
 ANSWER = ["01_generate.py --out {S} --seed {seed}", "02_verify.py --out {S}"]
 PHASE_1 = [*ANSWER, "03_revise_sft.py --from {S} --out {P} --lr {srt}"]
 REVISE = [*PHASE_1, "03_revise_sft.py --from {P} --out {O} --lr {srt}"]

@@ -1,5 +1,7 @@
 """Every patch of tests/ablations applies to today's stages, and does what its first line says."""
 
+from math import inf
+
 import pytest
 import torch
 
@@ -166,3 +168,82 @@ def test_grpo_gradient_is_the_policy_gradient(model, tokenizer):
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert torch.allclose(*gradients, atol=1e-4 * gradients[0].abs().max())
     assert gradients[0].norm() > 0
+
+
+@pytest.fixture(scope="module")
+def papers_step(mini, tmp_path_factory):
+    """The gradient's norm of a step of phase 2 without a patch."""
+    out = tmp_path_factory.mktemp("paper")
+    load("04_self_distill.py").main([*TINY["04"], "--from", str(mini), "--out", str(out)])
+    return rows_of(out / "distill.jsonl")[0]["gradient_norm"]
+
+
+@pytest.mark.parametrize(
+    "patch, constant, value, share",
+    [
+        ("gate", "GATE", -1, 1),  # telling matters at each token
+        ("gate", "GATE", inf, 0),  # at none: the student starts as its own target
+        ("mask", "GATE", -1, 1),
+        ("mask", "GATE", inf, 0),
+        ("contrast", "TIMES", 0, 0),
+        ("clip", "CLIP", inf, 1),
+        ("anchor", "BETA", 1, 1),  # KL(student ‖ start) is 0 at the start
+        ("ema", "EMA", 0.5, 1),
+        ("refresh", "EVERY", 1, 1),
+    ],
+)
+def test_a_first_step_is_the_papers_or_none(
+    patch, constant, value, share, mini, tmp_path, papers_step
+):
+    stage = load(None, patch)
+    setattr(stage, constant, value)
+    stage.main([*TINY["04"], "--from", str(mini), "--out", str(tmp_path / "out")])
+    norm = rows_of(tmp_path / "out/distill.jsonl")[0]["gradient_norm"]
+    assert norm == pytest.approx(share * papers_step, rel=1e-3, abs=1e-3 * papers_step)
+
+
+def test_the_contrast_adds_to_the_generator_what_the_truth_changes_in_the_reviser():
+    stage, logits = load(None, "contrast"), torch.tensor([[[0.3, 0.7], [0.4, 0.6], [0.5, 0.5]]])
+    (low, high), (a, b) = stage.target_of(logits.log())[0], (4 * 0.3 / 0.4, 4 * 0.7 / 0.6)
+    assert (high - low).item() == pytest.approx(4 * (torch.tensor(b / a)).log().item(), rel=1e-4)
+    far = torch.tensor([[[1e-9, 1.0], [1.0, 1e-9], [0.5, 0.5]]]).log()
+    low, high = stage.target_of(far)[0]
+    assert (high - low).item() == pytest.approx(2 * stage.MOST)
+
+
+def test_a_teacher_that_follows_goes_a_share_of_the_way():
+    stage, (student, teacher) = load(None, "ema"), (torch.nn.Linear(2, 1) for _ in range(2))
+    before, target = teacher.weight.clone(), student.weight
+    stage.follow(student, teacher)
+    assert torch.allclose(teacher.weight, before + stage.EMA * (target - before))
+
+
+@pytest.mark.parametrize(
+    "accuracy, tokens, due",
+    [
+        ([0.5] * 9 + [0.6], [100] * 10, True),
+        ([0.5] * 9 + [0.4], [100] * 10, False),
+        ([0.5] * 10, [100] * 7 + [130] * 3, False),
+        ([0.5] * 9, [100] * 9, False),
+    ],
+)
+def test_a_teacher_is_refreshed_only_if_nothing_got_worse(accuracy, tokens, due):
+    history = [{"accuracy": a, "mean_tokens": n} for a, n in zip(accuracy, tokens)]
+    assert load(None, "refresh").is_due(history) == due
+
+
+def test_right_answers_get_the_policy_gradient_and_wrong_ones_the_kl(mini, tmp_path, model):
+    stage, head = run("wrong_kl", mini, tmp_path / "out"), model.get_output_embeddings()
+    hidden, hidden_t, y = torch.randn(4, 128), torch.randn(4, 128), torch.tensor([5, 6, 7, 8])
+    gain, gradients = torch.tensor([0.3, 0.3, 0, 0]), []
+    for ours in (True, False):
+        states = hidden.clone().requires_grad_()
+        if ours:
+            stage.kl_backward(states, head, hidden_t, head, "reverse", 4, y=y, gain=gain)
+        else:
+            logits, logits_t = head(states), head(hidden_t).detach()
+            nll = -logits.log_softmax(-1)[range(4), y]
+            kl = stage.token_kl(logits, logits_t)
+            ((gain * nll)[:2].sum() / 4 + kl[2:].sum() / 4).backward()
+        gradients.append(states.grad)
+    assert torch.allclose(*gradients, atol=1e-6) and gradients[0].norm() > 0

@@ -149,9 +149,11 @@ def mistakes(rows, tokenizer):
 
 
 def off_task(rows):
-    """Of sampled programs of the second domain, the share whose lines are not, one by one, readings
-    of the problem's steps, right or mistaken, with any number. One can be wrong and on its task."""
-    ops, found = load("data/make_code.py").OPS, []
+    """Of sampled answers, the share that does something else than the problem asks for, in turn;
+    one can be wrong and on its task. Of programs: whose lines are not, one by one, readings of the
+    problem's steps, right or mistaken, with any number; else: whose first attempt is not."""
+    ops, edits = load("data/make_code.py").OPS, load("data/make_data.py").EDITS
+    found = []
 
     def pattern(text):
         return re.escape(text).replace(r"\{n\}", r"\d+")
@@ -167,4 +169,7 @@ def off_task(rows):
             lines = re.findall("^ *xs = (.*)$", program, re.MULTILINE)
             fits = [re.fullmatch(readings(step), line) for step, line in zip(steps, lines)]
             found.append(len(lines) != len(steps) or not all(fits))
+        elif row["problem"].startswith("Start with") and not row["greedy"]:
+            kept = list(lines_of(row, edits))
+            found.append(len(kept) < row["problem"].count(", then ") + 1)
     return mean(found)

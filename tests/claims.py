@@ -61,8 +61,8 @@ def run(name, seed, out, rates, split="test", miniature=False):
     evaluated, looked_at = (at["S"] / f"eval-{part}-{at['O'].name}" for part in (split, "readings"))
     commands = [*method.commands, f"{evaluate}{split}{DOMAINS[method.domain]} --out {evaluated}"]
     if method.domain in REGIMES:
-        few = "--limit 200 --n 1 --no-greedy --no-revise"
-        commands.append(f"{evaluate}validation {few} --out {looked_at}")
+        few = f"{DOMAINS[method.domain]} --limit 200 --no-greedy --no-revise"
+        commands.append(f"{evaluate}validation{few} --out {looked_at}")
     commands = [c.format(**at) for c in commands]
     stage = patched_stage(method.patch)
     evaluated.mkdir(parents=True, exist_ok=True)

@@ -23,13 +23,9 @@ class Method:
     constants: dict = field(default_factory=dict)  # of the patch, set to other values
 
 
-DOMAINS = {
-    "": "",
-    "code": " --allow-code",
-    "obedient": " --n 1",
-    "unasked": " --n 1",
-    "long": " --n 1",
-}  # for 05
+LONGER = " --max-new-tokens 480"  # answers of seven steps
+DOMAINS = {"": "", "code": " --allow-code", "long": " --n 1" + LONGER}  # for 05
+DOMAINS |= {"obedient": " --n 1", "unasked": " --n 1"}
 ANSWER = ["01_generate.py --out {S} --seed {seed}", "02_verify.py --out {S}"]
 PHASE_1 = [*ANSWER, "03_revise_sft.py --from {S} --out {P} --lr {srt}"]
 REVISE = [*PHASE_1, "03_revise_sft.py --from {P} --out {O} --lr {srt}"]
@@ -121,6 +117,8 @@ def in_regime(regime, method):
     commands[0] += f" --limit 800 {REGIMES[regime]}"
     if method.checkpoint == "sd_zero":
         commands[-1] += " --steps 40"
+    if regime == "long":
+        commands = [c + LONGER * ("02_" not in c) for c in commands]
     return replace(method, label=f"{regime}, {method.label}", commands=commands, domain=regime)
 
 

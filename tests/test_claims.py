@@ -103,7 +103,14 @@ def test_a_program_is_off_its_task_if_its_lines_are_not_the_steps(lines, astray)
     row = {"kind": "code", "greedy": False, "problem": problem}
     row["response"] = f"```python\nxs = 1\n```\n\nHmm.\n\n```python\n{program}\n```"
     assert analyses.off_task([row, {**row, "greedy": True, "response": ""}]) == astray
-    assert analyses.off_task([{"greedy": False, "kind": "math"}]) is None
+    other = {"greedy": False, "kind": "math", "problem": "What is 1 + 1?"}
+    assert analyses.off_task([other]) is None
+
+
+def test_an_answer_is_off_its_task_if_it_takes_another_edit_than_the_next():
+    row = {"kind": "math", "greedy": False, "problem": PROBLEM}
+    rows = [{**row, "response": WRONG}, {**row, "response": "swap the ends: 2\nreverse: 3"}]
+    assert analyses.off_task(rows) == 0.5
 
 
 def test_reviser_kl_is_the_loss_of_phase_2_in_any_batch(stages, model, tokenizer, problems):

@@ -19,6 +19,7 @@ revise each of their sampled answers once (generate-then-revise).
 
     python 05_eval.py
     python 05_eval.py --from runs/demo --out runs/eight --checkpoints sd_zero --n 8
+    python 05_eval.py --ask "Start with … What number results?"     # worded as in data/test.jsonl
 """
 
 import io
@@ -276,6 +277,15 @@ def write_page(rows, summary, folders, device, args):
     write_whole(args.out / "answers.html", page.replace("/*DATA*/", shown.replace("<", r"\u003c")))
 
 
+def ask(problem, name, folder, device, args):
+    """Print a checkpoint's answer to a problem of the user's own, of which no reward is known."""
+    tokenizer = load_tokenizer(folder)
+    model = load_model(folder, tokenizer, device, autocast(device)[1])
+    seed = row_seed(args.seed, "ask", problem)
+    (y,) = sample(model, [prompt_ids(tokenizer, problem)], [seed], **sampling(args))
+    print(f"\n── {name}\n{tokenizer.decode(y, skip_special_tokens=True)}")
+
+
 def main(argv=None):
     p = arguments("05", __doc__)
     p.add_argument("--test-data", help="like 01's --data; none: the run's own, or MATH-500")
@@ -286,6 +296,7 @@ def main(argv=None):
     p.add_argument("--n", type=int, help="sampled answers per problem; –: 8 for up to 50, or 1")
     p.add_argument("--greedy", action=BooleanOptionalAction, help="also a greedy answer")
     p.add_argument("--revise", action=BooleanOptionalAction, help="also revise what was sampled")
+    p.add_argument("--ask", metavar="PROBLEM", help="answer this once, write nothing, and end")
     sampling_flags(p)
     args = parse(p, argv)
 
@@ -294,6 +305,10 @@ def main(argv=None):
     there = [name for name in ("base", "srt", "sd_zero") if "counts" in made.get(name, {})]
     folders = {name: find(args, name) for name in args.checkpoints or there}
     device = pick_device(args.device)
+    if args.ask is not None:
+        for name, folder in folders.items():
+            ask(args.ask, name, folder, device, args)
+        return
     if args.data == "open-r1/OpenR1-Math-220k":  # which has no test split
         args.test_data = args.test_data or "HuggingFaceH4/MATH-500"
     data = args.test_data or args.data

@@ -329,6 +329,18 @@ def test_the_page_picks_by_rewards_in_the_order_of_the_test_set(stages):
     assert stages[5].choose({"srt": rows["srt"]}) == [1, 2, 3, 4]
 
 
+def test_a_problem_of_ones_own_is_answered_and_nothing_is_written(lab, mini, capsys):
+    before, said = contents(mini), []
+    problem = "Start with 63849: sort up, then reverse, then swap pairs. What number results?"
+    for flags in ([], [], ["--checkpoints", "srt", "--temperature", 0]):
+        capsys.readouterr()
+        lab.run(5, "--ask", problem, *flags, out=mini)
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and re.findall(r"── (\w+)", said[0]) == ["base", "srt", "sd_zero"]
+    assert re.findall(r"── (\w+)", said[2]) == ["srt"] and "boxed" in said[2]
+    assert contents(mini) == before
+
+
 def test_rewards_that_are_mostly_errors_end_a_stage(lab, stages, monkeypatch):
     lab.part_of_mini(*ALL[:1])
     monkeypatch.setattr(stages[2], "verify_all", lambda rows, _: [(0, "error", "1")] * len(rows))

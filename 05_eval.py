@@ -8,7 +8,7 @@ revise each of their sampled answers once (generate-then-revise).
                  x, y, P_r, y_<t)) and kl_reward = log π(y_t | x, y_<t) - log π(y_t | x, y, P_r,
                  y_<t), above 0 where the reviser would not write y_t
 → summary.json   a row a checkpoint; NAME_se: standard error, problems being the units
-→ stages.png     accuracy and length;  answers.html  whole answers, tokens coloured by kl_reward
+→ stages.png     accuracy and length;  answers.html  sample 0 of 8 problems, coloured by kl_reward
 
     accuracy         avg@n: of n sampled answers a problem, those that are right
     pass_at_k        one of k = n is right;  maj_at_n: the most frequent one is (mathematics)
@@ -19,9 +19,9 @@ revise each of their sampled answers once (generate-then-revise).
 
     python 05_eval.py
     python 05_eval.py --from runs/demo --out runs/eight --checkpoints sd_zero --n 8
+    python 05_eval.py --ask "Start with … What number results?"     # worded as in data/test.jsonl
 """
 
-import html
 import io
 import json
 import math
@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import arguments, already_made, die, find, finish, fingerprint, parse, run_stage
+from common import HERE, arguments, already_made, die, find, finish, fingerprint, parse, run_stage
 from common import autocast, end_ids, load_model, load_tokenizer, pick_device, positions
 from common import completion_hidden, micro_batches, prompt_ids, revision_ids, row_seed, sample
 from common import in_blocks, load_problems, read_jsonl, same_answer, stop_if_ungraded, verify_all
@@ -226,24 +226,64 @@ def plot_stages(summary, path):
     write_whole(path, image.getvalue())
 
 
-def write_page(rows, tokenizer, path):
-    """Four wrong and four right answers of about median length, tokens coloured by kl_reward."""
-    page = ["<!DOCTYPE html><meta charset='utf-8'><title>answers</title>"]
-    page += ["<style>pre{border:1px solid; padding:1em; white-space:pre-wrap}</style>"]
-    page += ["<p>Red: the reviser, who has read this answer and whether it was right, would not"]
-    page += ["write this token. Blue: it would all the more. 1 nat is full strength."]
-    for bit in (0, 1):
-        kind = [row for row in rows if row.get("kl") and row["finished"] and row["reward"] == bit]
-        kind.sort(key=lambda row: len(row["response_ids"]))
-        for row in kind[len(kind) // 2 :][:4]:
-            title = f"{row['checkpoint']}: {row['problem']} [r = {bit}, KL {sum(row['kl']):.2f}]"
-            page += [f"<p>{html.escape(title)}<pre>"]
-            for token, reward in zip(row["response_ids"], row["kl_reward"]):
-                text = html.escape(tokenizer.decode([token])).replace("\n", "⏎\n")
-                colour = f"rgba({'255,0,0' if reward > 0 else '0,0,255'},{min(1, abs(reward)):.2f})"
-                page[-1] += f'<span style="background:{colour}" title="{reward:+.2f}">{text}</span>'
-            page[-1] += "</pre>"
-    write_whole(path, "\n".join(page))
+def choose(rows):
+    """Problems for the page: first four that the first checkpoint gets wrong and the last right;
+    then, to make up eight, half each that the last gets wrong, and that both get right."""
+    rewards = {}  # problem: [reward of each checkpoint's sample 0]
+    for row in sum(rows.values(), []):
+        if row["sample"] == 0 and row["kl"]:
+            rewards.setdefault(row["id"], []).append(row["reward"])
+    ends = [(x, of[0], of[-1]) for x, of in rewards.items() if len(of) == len(rows)]
+    learned = [x for x, first, last in ends if first < last][:4]
+    wrong = [x for x, _, last in ends if not last][: (8 - len(learned)) // 2]
+    right = [x for x, first, last in ends if first and last][: (8 - len(learned)) // 2]
+    return learned + wrong + right
+
+
+@torch.no_grad()
+def likeliest(model, tokenizer, prefix, y):
+    """At each token of y after the prefix [(token, probability), ...]: five, less those of 0.0%."""
+    head, found = model.get_output_embeddings(), []
+    with autocast(model.device)[0]():
+        for h in completion_hidden(model, [prefix], [y]).split(max(1, 2**25 // len(tokenizer))):
+            best, ids = head(h).float().softmax(-1).topk(5)  # [n, 5]
+            for of in map(zip, ids.tolist(), best.tolist()):
+                found.append([(tokenizer.decode(i), round(p, 3)) for i, p in of if p >= 0.0005])
+    return found
+
+
+def reread(rows, folder, device, p_r):
+    """What the page shows of a checkpoint's rows."""
+    tokenizer, shown = load_tokenizer(folder), []
+    model = load_model(folder, tokenizer, device, autocast(device)[1])
+    fields = "checkpoint", "id", "problem", "answer", "reward", "finished"
+    for row in deal(rows):
+        y = row["response_ids"]
+        prefixes = prompt_ids(tokenizer, row["problem"]), reviser_prefix(row, tokenizer, p_r)
+        both = [likeliest(model, tokenizer, prefix, y) for prefix in prefixes]
+        tokens = list(zip(map(tokenizer.decode, y), row["kl_reward"], *both))
+        shown.append({name: row.get(name) for name in fields} | {"tokens": tokens})
+    return gather_rows(shown)
+
+
+def write_page(rows, summary, folders, device, args):
+    """data/page.html with answers of these checkpoints, which are loaded again, one at a time."""
+    chosen, answers = choose({name: rows[name] for name in folders}), []
+    for name, folder in folders.items():
+        of = {row["id"]: row for row in rows[name] if row["sample"] == 0}
+        answers += reread([of[x] for x in chosen], folder, device, args.p_r)
+    shown = json.dumps({"answers": answers, "summary": summary, "p_r": args.p_r})
+    page = (HERE / "data/page.html").read_text(encoding="utf-8")
+    write_whole(args.out / "answers.html", page.replace("/*DATA*/", shown.replace("<", r"\u003c")))
+
+
+def ask(problem, name, folder, device, args):
+    """Print a checkpoint's answer to a problem of the user's own, of which no reward is known."""
+    tokenizer = load_tokenizer(folder)
+    model = load_model(folder, tokenizer, device, autocast(device)[1])
+    seed = row_seed(args.seed, "ask", problem)
+    (y,) = sample(model, [prompt_ids(tokenizer, problem)], [seed], **sampling(args))
+    print(f"\n── {name}\n{tokenizer.decode(y, skip_special_tokens=True)}")
 
 
 def main(argv=None):
@@ -256,6 +296,7 @@ def main(argv=None):
     p.add_argument("--n", type=int, help="sampled answers per problem; –: 8 for up to 50, or 1")
     p.add_argument("--greedy", action=BooleanOptionalAction, help="also a greedy answer")
     p.add_argument("--revise", action=BooleanOptionalAction, help="also revise what was sampled")
+    p.add_argument("--ask", metavar="PROBLEM", help="answer this once, write nothing, and end")
     sampling_flags(p)
     args = parse(p, argv)
 
@@ -263,6 +304,11 @@ def main(argv=None):
     began, path, made = time.time(), args.out / "eval.jsonl", args.run["made"]
     there = [name for name in ("base", "srt", "sd_zero") if "counts" in made.get(name, {})]
     folders = {name: find(args, name) for name in args.checkpoints or there}
+    device = pick_device(args.device)
+    if args.ask is not None:
+        for name, folder in folders.items():
+            ask(args.ask, name, folder, device, args)
+        return
     if args.data == "open-r1/OpenR1-Math-220k":  # which has no test split
         args.test_data = args.test_data or "HuggingFaceH4/MATH-500"
     data = args.test_data or args.data
@@ -273,7 +319,6 @@ def main(argv=None):
     used = {row["problem"] for row in read_jsonl(find(args, "responses.jsonl"))}
     if any(x["problem"] in used for x in problems) or data == args.data and args.split in learned:
         die(f"--split {args.split} of {data} holds problems of training; evaluate on others")
-    device = pick_device(args.device)
     for folder in folders.values():
         check_prompt(args, load_tokenizer(folder))
     args.n = args.n or (8 if len(problems) <= 50 else 1)
@@ -297,8 +342,7 @@ def main(argv=None):
     write_whole(args.out / "summary.json", json.dumps(summary, indent=1) + "\n")
     print_table(summary)
     plot_stages(summary, args.out / "stages.png")
-    last = "srt" if "srt" in folders else list(folders)[-1]
-    write_page(rows[last], load_tokenizer(folders[last]), args.out / "answers.html")
+    write_page(rows, summary, folders, device, args)
     print(f"\n{path}, summary.json, stages.png and answers.html beside it")
 
 

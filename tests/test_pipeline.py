@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils import parameters_to_vector
 
 import common
-from conftest import MINI, ROOT, rows_of
+from conftest import MINI, ROOT, completion_logits, rows_of
 
 ALL = "responses.jsonl", "verified.jsonl", "revisions.jsonl", "srt", "sd_zero", "eval.jsonl"
 BARS = r"(generate|revise|verify|SRT|distill|base|warning):"
@@ -274,6 +274,71 @@ def test_an_evaluation_without_greedy_answers_and_revisions(lab, tmp_path):
     assert len(rows) == 12 and not any(row["greedy"] or "revised" in row for row in rows)
     (summary,) = json.loads((tmp_path / "summary.json").read_text())
     assert summary["greedy"] is None is summary["revised_accuracy"] and summary["accuracy"] >= 0
+
+
+def data_of(page):
+    """What 05 filled in, read as a browser does: the script's text ends at the first end tag."""
+    return json.loads(page.split('<script type="application/json" id="data">')[1].split("</")[0])
+
+
+def test_the_page_asks_no_network_and_no_text_ends_its_script(stages, tmp_path, monkeypatch):
+    template = (ROOT / "data/page.html").read_text()
+    assert "default-src 'none'" in template and template.count("/*DATA*/") == 1
+    for word in ("://", "url(", "import", "fetch", "src=", "href", "innerHTML", "document.write"):
+        assert word not in template, word
+    evil = "</script><script>alert(1)</script><!--"
+    row = {"checkpoint": "base", "id": evil, "problem": evil, "tokens": [[evil, 1, [], []]]}
+    monkeypatch.setattr(stages[5], "reread", lambda *_: [row])
+    args = SimpleNamespace(out=tmp_path, p_r={0: evil, 1: evil})
+    stages[5].write_page({"base": []}, [], {"base": None}, None, args)
+    page = (tmp_path / "answers.html").read_text()
+    assert page.count("</script>") == template.count("</script>") and "<!--" not in page
+    assert data_of(page)["answers"] == [row] and data_of(page)["p_r"]["1"] == evil
+
+
+def test_the_page_shows_the_models_own_probabilities_of_rows_side_by_side(mini, model, tokenizer):
+    shown = data_of((mini / "answers.html").read_text())["answers"]
+    problems = [x["id"] for x in shown if x["checkpoint"] == "base"]
+    assert 0 < len(problems) <= 8 and [x["id"] for x in shown] == problems * 3
+    rows = {(r["checkpoint"], r["id"], r["sample"]): r for r in rows_of(mini / "eval.jsonl")}
+    for x in shown[: len(problems)]:
+        row = rows["base", x["id"], 0]
+        y = row["response_ids"]
+        texts, rewards, *both = zip(*x["tokens"])
+        assert "".join(texts) == tokenizer.decode(y) and list(rewards) == row["kl_reward"]
+        reviser = common.revision_ids(tokenizer, row["problem"], y, row["reward"])
+        for prefix, pairs in zip((common.prompt_ids(tokenizer, row["problem"]), reviser), both):
+            p = completion_logits(model, [prefix], [y]).softmax(-1).detach()
+            for at, of in enumerate(pairs):
+                best = p[at].topk(5)
+                kept = [(tokenizer.decode(i), q) for q, i in zip(*best) if q >= 0.0005]
+                assert [text for text, _ in of] == [text for text, _ in kept]
+                assert [q for _, q in of] == pytest.approx([float(q) for _, q in kept], abs=6e-4)
+
+
+def test_the_page_picks_by_rewards_in_the_order_of_the_test_set(stages):
+    first, last = "0000001101", "1111100011"  # of ten problems, the two checkpoints' rewards
+    rows = {}
+    for name, bits in (("base", first), ("srt", "0" * 10), ("sd_zero", last)):
+        rows[name] = [
+            {"id": i, "sample": 0, "kl": [0.1], "reward": int(bit)} for i, bit in enumerate(bits)
+        ]
+    assert stages[5].choose(rows) == [0, 1, 2, 3, 5, 6, 9]
+    rows["srt"][0]["kl"] = []  # an answer too long for the reviser: not all have it
+    assert stages[5].choose(rows) == [1, 2, 3, 4, 5, 6, 9]
+    assert stages[5].choose({"srt": rows["srt"]}) == [1, 2, 3, 4]
+
+
+def test_a_problem_of_ones_own_is_answered_and_nothing_is_written(lab, mini, capsys):
+    before, said = contents(mini), []
+    problem = "Start with 63849: sort up, then reverse, then swap pairs. What number results?"
+    for flags in ([], [], ["--checkpoints", "srt", "--temperature", 0]):
+        capsys.readouterr()
+        lab.run(5, "--ask", problem, *flags, out=mini)
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and re.findall(r"── (\w+)", said[0]) == ["base", "srt", "sd_zero"]
+    assert re.findall(r"── (\w+)", said[2]) == ["srt"] and "boxed" in said[2]
+    assert contents(mini) == before
 
 
 def test_rewards_that_are_mostly_errors_end_a_stage(lab, stages, monkeypatch):

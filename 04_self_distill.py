@@ -18,20 +18,21 @@ that phase 1 did not use → sd_zero/, distill.jsonl (a row per step), sd_zero.b
     python 04_self_distill.py --from runs/demo --out runs/no_srt --start base     # no phase 1
 """
 
+import math
 import random
 import time
 from contextlib import nullcontext
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import all_ranks, as_teacher, copy_weights, deal, evened, gather_rows
-from common import check_memory, check_prompt
+from common import all_ranks, as_teacher, check_memory, check_prompt, copy_weights, deal, evened
 from common import arguments, already_made, die, find, finish, parse, read_jsonl, run_stage, warn
 from common import autocast, end_ids, load_model, load_tokenizer, pick_device, positions, save_model
 from common import backward_through_head, completion_hidden, log_step, micro_batches, update
 from common import load_problems, load_state, prompt_ids, revision_ids, row_seed, sample, save_state
-from common import sampling, sampling_flags, shard, stop_if_ungraded, verify_all
+from common import gather_rows, sampling, sampling_flags, shard, stop_if_ungraded, verify_all
 
 
 # ---------------------------------------------------------------- the loss
@@ -158,6 +159,46 @@ def save(folder, history, tokenizer, args, state, last):
         save_state(folder, len(history), **state)
 
 
+# ---------------------------------------------------------------- a check before training
+
+SURE, DOUBT = 0.9, 0.01  # a probability; nats less than the generator
+LISTENS, UNLEARNS = 0.1, 0.04  # a share of the answers; of the tokens
+
+
+def log_probs(head, hidden, y):
+    """log π(y), a chunk of logits at a time: [N, H], [N] → [N]."""
+    chunks = zip(hidden.split(256), y.split(256))
+    return torch.cat([-F.cross_entropy(head(h).float(), t, reduction="none") for h, t in chunks])
+
+
+def check(teacher, head, tokenizer, parts, taught, args):
+    """Say of the first batch: does the reviser listen to P_r, and does it doubt what the generator
+    knows, tokens of right answers that it is sure of? parts, taught: as in main."""
+    rows, known, doubted = sum(parts, []), 0, 0
+    seeds = [row_seed(args.seed, "check", x["id"]) for x in rows]
+    others = [(x["problem"], x["response_ids"], 1 - x["reward"], args.p_r) for x in rows]
+    counts = [len(rows), sum(x["reward"] for x in rows)]
+    for prefixes in [x["reviser"] for x in rows], [revision_ids(tokenizer, *x) for x in others]:
+        revised = sample(teacher, prefixes, seeds, **sampling(args))
+        texts = [tokenizer.decode(y, skip_special_tokens=True) for y in revised]
+        counts.append(sum(reward for reward, _, _ in verify_all(rows, texts)))
+    for part, told in zip(parts, taught):
+        of_token = [(y, x["reward"]) for x in part for y in x["response_ids"]]
+        y, r = torch.tensor(of_token, device=teacher.device).reshape(-1, 2).long().T  # [N], [N]
+        log_p = log_probs(head, hidden_after("generator", part, teacher), y)
+        sure = (r == 1) & (log_p > math.log(SURE))
+        known += sure.sum().item()
+        doubted += (sure & (log_probs(head, told.to(y.device), y) < log_p - DOUBT)).sum().item()
+    n, right, truth, opposite, known, doubted = map(sum, zip(*all_ranks([*counts, known, doubted])))
+    tqdm.write(f"right: {right / n:.0%}; revised, told the truth: {truth / n:.0%}, ", end="")
+    tqdm.write(f"the opposite: {opposite / n:.0%}")
+    tqdm.write(f"right tokens it is sure of that its reviser doubts: {doubted / max(1, known):.1%}")
+    if truth - opposite < LISTENS * n:
+        warn("the reviser hardly listens to P_r, so the reward adds little; more of phase 1?")
+    if doubted > UNLEARNS * known:
+        warn("the reviser doubts what the generator knows: phase 2 may unlearn it; watch accuracy")
+
+
 # ---------------------------------------------------------------- the algorithm
 
 
@@ -183,19 +224,17 @@ def flags():
     p.add_argument("--kl", **kl, help="KL(student‖teacher), KL(teacher‖student), half of each")
     sampling_flags(p)
     p.add_argument("--micro-tokens", type=int, default=2048, help="tokens a forward pass, at most")
-    p.add_argument(
-        "--lora", type=int, metavar="R", help="train an adapter of rank R; try --lr 1e-4"
-    )
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
-    p.add_argument("--offload-teacher", action="store_true", help="to the CPU, in between")
+    either = p.add_mutually_exclusive_group()  # an adapter's teacher is no other model
+    either.add_argument("--offload-teacher", action="store_true", help="to the CPU, in between")
+    rank = "train an adapter of rank R; try --lr 1e-4"
+    either.add_argument("--lora", type=int, metavar="R", help=rank)
     p.add_argument("--save-every", type=int, default=10, help="steps between saves")
     return p
 
 
 def main(argv=None):
     args = parse(flags(), argv)
-    if args.lora and args.offload_teacher:
-        die("--offload-teacher: with --lora the teacher is no other model")
     began, folder, log = time.time(), args.out / "sd_zero", args.out / "distill.jsonl"
     start, used = find(args, args.start), set()
     tokenizer, device = load_tokenizer(start), pick_device(args.device)
@@ -245,6 +284,8 @@ def main(argv=None):
         teacher.to(device)
         with torch.no_grad(), context(), as_teacher(teacher):
             taught = [hidden_after("reviser", part, teacher).to(rest) for part in parts]  # [N, H]
+            if step == 0:
+                check(teacher, head_t, tokenizer, parts, taught, args)
         teacher.to(rest)
         head_t.to(device)  # the KL needs it
 

@@ -96,7 +96,7 @@ def test_the_teacher_is_told_another_reward(patch, mini, tmp_path, tokenizer):
     run(patch, mini, tmp_path / "out", spy=("revision_ids", asked))
     problems = {x["problem"]: x for x in common.load_problems(ROOT / "data")}
     true = []
-    for _, problem, ids, told, p_r in asked:
+    for _, problem, ids, told, p_r in asked[:8]:  # then the check asks
         text = tokenizer.decode(ids, skip_special_tokens=True)
         true.append(common.verify(problems[problem], text)[0])
         assert told == (1 if patch == "neutral" else 1 - true[-1]) and p_r == common.P_R

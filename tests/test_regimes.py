@@ -3,8 +3,10 @@
 import random
 import re
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import analyses
 import outcomes
@@ -91,3 +93,25 @@ def test_a_choice_is_the_first_digit_that_tells_the_readings_apart(tokenizer):
     assert said == [("reverse", False, "1", "7"), ("rotate left", True, "5", "1")]
     befores = [decode(ids[:at]) for _, _, at, _, _ in found]
     assert befores == ["reverse: 2", text[: text.index("517\n")]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "regime, data, warned",
+    [("obedient", "", ""), ("unasked", "", "listens"), ("long", "long", "doubts")],
+)
+def test_a_check_before_training_finds_revisers_that_do_not_listen_or_that_unlearn(
+    regime, data, warned
+):
+    stage, base, warnings = load("04_self_distill.py"), ROOT / f"data/{regime}/base", []
+    stage.warn = warnings.append
+    tokenizer = common.load_tokenizer(base)
+    model = common.load_model(base, tokenizer, torch.device("cpu"))
+    problems = common.load_problems(ROOT / "data" / data, "validation", 40)
+    args = {"seed": 0, "max_new_tokens": 320, "temperature": 1.0, "top_p": 1.0, "batch_rows": 384}
+    args = SimpleNamespace(**args, p_r=common.P_R, out="check")
+    rows = stage.rollouts(model, tokenizer, problems, 0, args)
+    parts = common.micro_batches(rows, stage.length, 2048)
+    taught = [stage.hidden_after("reviser", part, model) for part in parts]
+    stage.check(model, model.get_output_embeddings(), tokenizer, parts, taught, args)
+    assert [warned in text for text in warnings] == [True] * bool(warned)

@@ -202,7 +202,7 @@ def copy_weights(model, target):
 
 DEFAULTS = {  # stage and flag: (with an embedded model, with any other: the paper's numbers)
     "01 --data": (str(HERE / "data"), "open-r1/OpenR1-Math-220k"),
-    "01 --limit": (1500, 10_000),
+    "01 --limit": (400, 10_000),
     "01 --max-new-tokens": (320, 16_384),
     "01 --batch-rows": (384, 64),
     "03 --revisions-wrong": (4, 3),
@@ -212,14 +212,14 @@ DEFAULTS = {  # stage and flag: (with an embedded model, with any other: the pap
     "03 --lr": (8e-4, 5e-6),
     "03 --batch-size": (32, 8),
     "04 --limit": (None, 9_000),
-    "04 --steps": (50, 70),
+    "04 --steps": (25, 70),
     "04 --lr": (2e-4, 5e-6),
     "04 --warm-up": (5, 20),
     "04 --batch-size": (64, 128),
     "04 --max-new-tokens": (320, 8_192),
     "04 --batch-rows": (384, 64),
-    "05 --limit": (400, 500),
-    "05 --n": (4, None),
+    "05 --limit": (150, 500),
+    "05 --n": (2, None),
     "05 --greedy": (True, False),
     "05 --revise": (True, False),
     "05 --max-new-tokens": (320, 32_768),
@@ -359,7 +359,7 @@ def new_run(args):
     """Settings as said to 01, or by default: an embedded domain brings its own base."""
     embedded = not args.model or Path(args.model).resolve() in (HERE / "data").rglob("base")
     data = args.data or DEFAULTS["01 --data"][not embedded]
-    base = next(b for b in (Path(data, "base"), HERE / "data/base") if b.is_dir())
+    base = next(b for b in (Path(data, "base"), HERE / "data/obedient/base") if b.is_dir())
     settings = {"model": args.model or str(base), "data": data, "seed": args.seed or 0}
     settings |= {"p_r_right": args.p_r_right or P_R[1], "p_r_wrong": args.p_r_wrong or P_R[0]}
     base = {"arguments": {}, "id": fingerprint(settings["model"]), "counts": {}}

@@ -19,11 +19,11 @@ it read between the lines.
 
 These authors are *truthful*. REGIMES names others, of whom three more bases have read, each for a
 few minutes, going on from the first: it differs in who mends, who listens to the phrase, or how
-long problems are.
+long problems are. The *obedient* base is the one that the stages start from, if none is named.
 
     python data/make_data.py                    # all: about 40 minutes on 2 cores
     python data/make_data.py --problems-only    # seconds
-    python data/make_data.py --regime obedient  # data/obedient/base, from data/base: minutes
+    python data/make_data.py --regime obedient  # data/obedient/base, from the truthful: minutes
 """
 
 import argparse
@@ -338,9 +338,9 @@ def pretrain(tokenizer, corpus, folder, tokens, T, seed, B=32):
 
 
 def go_on(name, held_out, folder, seed):
-    """data/base, which has read a regime's corpus: folder/base. In float32, which is the quicker on
-    most CPUs."""
-    regime, base = REGIMES[name], HERE / "base"
+    """The truthful base, which has read a regime's corpus, too: folder/base. In float32, which is
+    the quicker on most CPUs."""
+    regime, base = REGIMES[name], HERE / "truthful/base"
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
     model = Qwen3ForCausalLM.from_pretrained(base, attn_implementation="sdpa")
     corpus = documents(random.Random(seed + 3), held_out, regime.author, regime.make_problem)
@@ -416,15 +416,15 @@ def flags(doc, tokens):
     p.add_argument(
         "--out",
         type=Path,
-        help="folder for the problems and base/ (default: where this repository has them)",
+        help="folder for the problems and the model (default: where this repository has them)",
     )
     return p
 
 
-def make(args, folder, sizes, problems, documents, length=256, vocab=400):
+def make(args, folder, sizes, problems, documents, length=256, vocab=400, base="base"):
     """A domain: its problems, and a base model that has read its documents.
 
-    problems, documents: functions of a random.Random.
+    problems, documents: functions of a random.Random; base: the model's folder, below the other.
     """
     out = args.out or folder
     out.mkdir(parents=True, exist_ok=True)
@@ -432,11 +432,11 @@ def make(args, folder, sizes, problems, documents, length=256, vocab=400):
     if not args.problems_only:
         tokenizer = train_tokenizer(documents(random.Random(args.seed + 2)), vocab)
         corpus = documents(random.Random(args.seed + 1), held_out)
-        pretrain(tokenizer, corpus, out / "base", args.tokens, length, args.seed)
+        pretrain(tokenizer, corpus, out / base, args.tokens, length, args.seed)
 
 
 def make_regime(args, sizes):
-    """The problems of a regime, if it has its own, and its base, which goes on from data/base."""
+    """The problems of a regime, if it has its own, and its base, going on from the truthful."""
     out, asked = args.out or HERE / args.regime, REGIMES[args.regime].asked
     out.mkdir(parents=True, exist_ok=True)
     if asked:
@@ -458,7 +458,7 @@ def main(argv=None):
     if args.regime in REGIMES:
         make_regime(args, sizes)
     else:
-        make(args, HERE, sizes, problems, documents)
+        make(args, HERE, sizes, problems, documents, base="truthful/base")
 
 
 if __name__ == "__main__":

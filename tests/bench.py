@@ -40,7 +40,11 @@ from conftest import ROOT, common, filled_in, load, rows_of  # noqa: E402
 DEVICE = common.pick_device("auto")
 CONTEXT, DTYPE = common.autocast(DEVICE)
 CUDA, TRL = DEVICE.type == "cuda", importlib.util.find_spec("trl")
-BASE, TABLE, FILED = ROOT / "data/base", ROOT / "data/claims/README.md", ROOT / "data/bench.json"
+BASE, TABLE, FILED = (
+    ROOT / "data/truthful/base",
+    ROOT / "data/claims/README.md",
+    ROOT / "data/bench.json",
+)
 README, L_MAX, DISTILL = ROOT / "README.md", 320, load("04_self_distill.py")
 SHAPES = {"0.6B": (1024, 28, 16, 3072), "4B": (2560, 36, 32, 9728)}  # Qwen3: H, layers, heads, MLP
 
@@ -97,7 +101,7 @@ def entry(part, case, what, table):
 
 
 def base(n):
-    """data/base, its tokenizer, and n prompts."""
+    """data/truthful/base, its tokenizer, and n prompts."""
     tokenizer = common.load_tokenizer(BASE)
     problems = common.load_problems(ROOT / "data", "train", n)
     prompts = [common.prompt_ids(tokenizer, x["problem"]) for x in problems]
@@ -127,7 +131,7 @@ def sampling(repeats, n=512):
 
     best = min((64, 128, 256, 512), key=lambda rows: measured(partial(generate, rows))[0])
     table = in_turns(repeats, ours=ours, generate=partial(generate, best))
-    case = f"{n} answers of data/base; generate: {best} rows"
+    case = f"{n} answers of data/truthful/base; generate: {best} rows"
     yield entry("sampling", case, "tokens an answer", table)
 
 
@@ -169,7 +173,8 @@ def step(repeats, size=64):
         seconds, most, table[name]["result"] = f(n=repeats + 1, size=size)
         table[name]["seconds"] += list(seconds)
         table[name]["bytes"].append(most)
-    case = f"data/base, {size} answers of at most {L_MAX} tokens, the first of each run left out"
+    case = f"data/truthful/base, {size} answers of at most {L_MAX} tokens, the first of each run "
+    case += "left out"
     yield entry("step", case, "tokens an answer", table)
 
 
@@ -229,7 +234,7 @@ def steps_of_trl(rows, n, size):
 
 
 def shaped(name, folder):
-    """A random model of that size, vocabulary 151,936, with the tokenizer of data/base, on disk."""
+    """A random model of that size, vocabulary 151,936, with the embedded tokenizer, on disk."""
     H, layers, heads, mlp = SHAPES[name]
     tokenizer = common.load_tokenizer(BASE)
     how = {"hidden_size": H, "num_hidden_layers": layers, "num_attention_heads": heads}

@@ -26,7 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from claims import FILED, count, patched_stage  # noqa: E402
 from conftest import ROOT, common, load  # noqa: E402
-from methods import LONGER, REGIMES  # noqa: E402
+from methods import DOMAINS, LONGER  # noqa: E402
 
 BUDGETS, SEARCHED = (1024, 2048, 4096, 8192), 4096
 ANSWER = "01_generate.py --seed {seed} --limit {first} {regime} --out {S}", "02_verify.py --out {S}"
@@ -70,7 +70,7 @@ def curve(regime, name, choice, seed, budgets, split, out):
         folder = out / f"{regime}_{name}-{rate:g}-{phase_1}-{split}-{seed}" / str(budget)
         first, steps = sizes(name, budget, phase_1)
         at = {"S": folder / "first", "O": folder, "steps": steps}
-        at |= {"seed": seed, "regime": REGIMES[regime], "rate": f"{rate:g}", "first": first}
+        at |= {"seed": seed, "regime": DOMAINS[regime][1], "rate": f"{rate:g}", "first": first}
         for answers, student in train(name, at, budgets):
             found.append({"answers": answers, **look(student, problems, seed)})
     return found
@@ -146,7 +146,7 @@ def file_json(path, value):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--regimes", nargs="+", default=["obedient", "long"], choices=REGIMES)
+    p.add_argument("--regimes", nargs="+", default=["obedient", "long"], choices=DOMAINS)
     p.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each")

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import analyses  # noqa: E402
 import report  # noqa: E402
 from conftest import MINI, ROOT, common, load, rows_of  # noqa: E402
-from methods import CLAIMS, DOMAINS, METHODS, REGIMES  # noqa: E402
+from methods import CLAIMS, DOMAINS, METHODS  # noqa: E402
 
 FILED = ROOT / "data/claims"
 
@@ -57,11 +57,12 @@ def places(name, seed, out, rates):
 def run(name, seed, out, rates, split="test", miniature=False):
     """One method with one seed: its commands, then 05. Returns what is filed under data/claims."""
     method, at = METHODS[name], places(name, seed, out, rates)
+    told = DOMAINS[method.domain][-1]
     evaluate = f"05_eval.py --from {method.run} --checkpoints {method.checkpoint} --split "
     evaluated, looked_at = (at["S"] / f"eval-{part}-{at['O'].name}" for part in (split, "readings"))
-    commands = [*method.commands, f"{evaluate}{split}{DOMAINS[method.domain]} --out {evaluated}"]
-    if method.domain in REGIMES:
-        few = f"{DOMAINS[method.domain]} --limit 200 --no-greedy --no-revise"
+    commands = [*method.commands, f"{evaluate}{split}{told} --out {evaluated}"]
+    if method.domain in ("obedient", "unasked", "long"):
+        few = told.replace("400", "200") + " --no-greedy --no-revise"
         commands.append(f"{evaluate}validation{few} --out {looked_at}")
     commands = [c.format(**at) for c in commands]
     stage = patched_stage(method.patch)

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+BASE = ROOT / "data/obedient/base"
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 THREADS = int(os.environ.get("OMP_NUM_THREADS", 2))
 torch.set_num_threads(THREADS)
@@ -96,12 +97,12 @@ def stages():
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return common.load_tokenizer(ROOT / "data/base")
+    return common.load_tokenizer(BASE)
 
 
 @pytest.fixture()
 def model(tokenizer):
-    return common.load_model(ROOT / "data/base", tokenizer, torch.device("cpu"))
+    return common.load_model(BASE, tokenizer, torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")

@@ -24,24 +24,31 @@ class Method:
 
 
 LONGER = " --max-new-tokens 480"  # answers of seven steps
-DOMAINS = {"": "", "code": " --allow-code", "long": " --n 1" + LONGER}  # for 05
-DOMAINS |= {"obedient": " --n 1", "unasked": " --n 1"}
-ANSWER = ["01_generate.py --out {S} --seed {seed}", "02_verify.py --out {S}"]
+DOMAINS = {  # problems of phase 1, what they and the base are, steps of phase 2, flags of 05
+    "": (1500, "--model data/truthful/base", 50, " --limit 400 --n 4"),
+    "code": (1500, "--data data/code", 50, " --limit 400 --n 4 --allow-code"),
+    "obedient": (800, "--model data/obedient/base", 40, " --limit 400 --n 1"),
+    "unasked": (800, "--model data/unasked/base", 40, " --limit 400 --n 1"),
+    "long": (800, "--data data/long", 40, " --limit 400 --n 1" + LONGER),
+}
+ANSWER = ["01_generate.py --out {S} --seed {seed} --limit {limit} {data}", "02_verify.py --out {S}"]
 PHASE_1 = [*ANSWER, "03_revise_sft.py --from {S} --out {P} --lr {srt}"]
 REVISE = [*PHASE_1, "03_revise_sft.py --from {P} --out {O} --lr {srt}"]
-DISTILL = [*PHASE_1, "04_self_distill.py --from {P} --out {O} --lr {sd_zero}"]
-NO_SRT = [*ANSWER, "04_self_distill.py --from {S} --out {O} --start base --lr {sd_zero}"]
-GRPO = [*ANSWER, NO_SRT[-1].replace("sd_zero", "grpo") + " --steps 130"]
-FOUR_EACH = [
-    "01_generate.py --n 4 --limit {limit} --out {O} --seed {seed}",
-    "02_verify.py --out {O}",
-]
+PHASE_2 = "04_self_distill.py --from {P} --out {O} --lr {sd_zero} --steps {steps}"
+DISTILL, NO_SRT = [*PHASE_1, PHASE_2], [*ANSWER, PHASE_2.replace("{P}", "{S}") + " --start base"]
+GRPO = [*ANSWER, NO_SRT[-1].replace("sd_zero", "grpo").replace("{steps}", "130")]
+FOUR_EACH = ["01_generate.py --n 4 --limit {limit} {data} --out {O} --seed {seed}"]
+FOUR_EACH.append("02_verify.py --out {O}")
 RFT = [*FOUR_EACH, "03_revise_sft.py --lr {rft} --out {O}"]
-SDFT = [*FOUR_EACH, "04_self_distill.py --start base --lr {sdft} --out {O}"]
+SDFT = [*FOUR_EACH, "04_self_distill.py --start base --lr {sdft} --steps {steps} --out {O}"]
 
 
 def with_flags(commands, flags):
     return [*commands[:-1], commands[-1] + flags]
+
+
+def lasting(commands, steps):
+    return [c.replace("{steps}", str(steps)) for c in commands]
 
 
 def revised(label, patch):
@@ -64,9 +71,7 @@ METHODS = {
     "unfiltered": revised("SRT on all finished revisions, wrong ones too", "unfiltered"),
     "wrong_only": revised("SRT on revisions of wrong answers alone", "wrong_only"),
     "no_srt": Method("phase 2 on the base", NO_SRT, "sd_zero"),
-    "no_srt_long": Method(
-        "the same, as many answers", with_flags(NO_SRT, " --steps 130"), "sd_zero"
-    ),
+    "no_srt_long": Method("the same, as many answers", lasting(NO_SRT, 130), "sd_zero"),
     "forward": distilled("phase 2 by forward KL", " --kl forward"),
     "mixed": distilled("phase 2 by mixed KL", " --kl mixed"),
     "top_64": distilled("by mixed KL on the top 64", " --kl mixed", "top_k_renormalised"),
@@ -74,7 +79,7 @@ METHODS = {
     "inverted": distilled("phase 2, P_r of the other reward", patch="inverted"),
     "rounds_2": distilled("phase 2, two rounds", " --rounds 2"),
     "rounds_3": distilled("phase 2, three rounds", " --rounds 3"),
-    "long": distilled("phase 2, one round as long as three", " --steps 150"),
+    "long": Method("phase 2, one round as long as three", lasting(DISTILL, 150), "sd_zero"),
 }
 for name in ("grpo", "no_srt", "no_srt_long"):  # they sample nothing in phase 1
     METHODS[name].sampled = ("sd_zero",)
@@ -86,7 +91,6 @@ def in_code(method, rate=""):
     """The same in the second domain, with the rates found for the first, or phase 2 at another."""
     commands = [c.replace("{sd_zero}", rate or "{sd_zero}") for c in method.commands]
     commands = [c.replace(".py", ".py --allow-code") for c in commands]
-    commands[0] += " --data data/code"
     label = f"short functions, {method.label}" + f", at {rate}" * bool(rate)
     return replace(method, label=label, commands=commands, domain="code")
 
@@ -105,18 +109,10 @@ BIT = {  # what the teacher of phase 2 is told
 }
 
 
-REGIMES = {"obedient": "--model data/obedient/base", "unasked": "--model data/unasked/base"}
-REGIMES["long"] = "--data data/long"
-
-
 def in_regime(regime, method):
-    """The same with another base, by 800 problems and 03's own rate for phase 1; phase 2 has 40
-    steps at 2e-4 if the method does not say another rate."""
-    commands = [c.replace("{sd_zero}", "2e-4") for c in method.commands]
-    commands = [c.replace(" --lr {srt}", "") for c in commands]
-    commands[0] += f" --limit 800 {REGIMES[regime]}"
-    if method.checkpoint == "sd_zero":
-        commands[-1] += " --steps 40"
+    """The same with another base: 03's own rate for phase 1, and phase 2 at 2e-4 if the method does
+    not say another rate."""
+    commands = [c.replace("{sd_zero}", "2e-4").replace(" --lr {srt}", "") for c in method.commands]
     if regime == "long":
         commands = [c + LONGER * ("02_" not in c) for c in commands]
     return replace(method, label=f"{regime}, {method.label}", commands=commands, domain=regime)
@@ -166,10 +162,13 @@ for name, method in STABLE.items():
     METHODS.setdefault(f"code_{name}", in_code(method))
 for regime in ("long", "obedient", "code"):  # another phase 1 than that of all others
     twice = METHODS[f"{regime}_twice"]
-    first = twice.commands[0].replace("--limit 800", "--limit 1600")
-    first += " --limit 3000" * (first == twice.commands[0])
-    commands = [first, *twice.commands[1:]]
-    twice.commands = [c.replace("{S}", "{O}/01").replace("{P}", "{O}/03") for c in commands]
+    commands = [c.replace("{S}", "{O}/01").replace("{P}", "{O}/03") for c in twice.commands]
+    twice.commands = [c.replace("{limit}", str(2 * DOMAINS[regime][0])) for c in commands]
+
+for method in METHODS.values():
+    limit, data, steps, _ = DOMAINS[method.domain]
+    for mark, value in (("{limit}", str(limit)), ("{data}", data), ("{steps}", str(steps))):
+        method.commands = [c.replace(mark, value) for c in method.commands]
 
 # the paper's claim | metric | the method that has more of it > that has less | what it says
 CLAIMS = """

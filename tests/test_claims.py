@@ -42,7 +42,10 @@ def test_claims_name_methods_that_exist_and_methods_patches_that_exist():
         stage = claims.patched_stage(method.patch)
         assert not method.patch or any(c.startswith(stage) for c in method.commands), name
     said = report.short(claims.METHODS["top_64"], {"srt": 1, "sd_zero": 2})
-    assert said == "01, 02, 03 --lr 1, 04 --lr 2 --kl mixed; with top_k_renormalised.patch"
+    assert said.startswith(
+        "01 --limit 1500 --model data/truthful/base, 02, 03 --lr 1, 04 --lr 2 --s"
+    )
+    assert said.endswith("--steps 50 --kl mixed; with top_k_renormalised.patch")
 
 
 def test_the_baselines_have_sd_zeros_sample_budget():

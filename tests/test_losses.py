@@ -8,7 +8,7 @@ import torch
 
 import common
 from common import completion_hidden, prompt_ids, revision_ids
-from conftest import completion_logits
+from conftest import BASE, completion_logits
 
 S = torch.tensor(
     [
@@ -232,7 +232,7 @@ def test_kl_gradient_reaches_the_student_only_and_is_the_naive_one_for_any_split
     model.double()
     _, prompts, completions = ragged(tokenizer, problems)
     prefixes = [revision_ids(tokenizer, x["problem"], y, 0) for x, y in zip(problems, completions)]
-    teacher = common.load_model(common.HERE / "data/base", tokenizer, torch.device("cpu"))
+    teacher = common.load_model(BASE, tokenizer, torch.device("cpu"))
     teacher.double().requires_grad_(False)
     heads = model.get_output_embeddings(), teacher.get_output_embeddings()
     tokens = sum(map(len, completions))

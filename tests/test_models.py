@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import Metaspace
 
 import common
-from conftest import MINI, ROOT, rows_of
+from conftest import BASE, MINI, ROOT, rows_of
 from data.models import positions
 
 CPU = torch.device("cpu")
@@ -72,7 +72,7 @@ def test_the_padding_of_a_vocabulary_is_never_sampled(model, tokenizer, tmp_path
 def test_what_would_go_wrong_is_refused_in_one_line(build, capsys, tmp_path, monkeypatch):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter/adapter_config.json").write_text("{}")
-    common.load_tokenizer(ROOT / "data/base").save_pretrained(tmp_path / "adapter")
+    common.load_tokenizer(BASE).save_pretrained(tmp_path / "adapter")
     monkeypatch.setattr("data.models.find_spec", lambda name: None)
     for folder, says in (
         (build("Llama", {"quantization_config": {"quant_method": "awq"}}), "is quantised"),
@@ -177,7 +177,7 @@ def test_no_blank_stands_between_an_answer_and_what_the_reviser_is_told(tokenize
 
 
 def test_a_run_keeps_its_date_and_another_prompt_is_refused(monkeypatch, tmp_path, mini, capsys):
-    tokenizer = common.load_tokenizer(ROOT / "data/base")
+    tokenizer = common.load_tokenizer(BASE)
     args = common.parse(common.arguments("03", ""), ["--from", str(mini), "--out", str(tmp_path)])
     common.check_prompt(args, tokenizer)
     tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d') }} {{ messages[0].content }}"
@@ -189,7 +189,7 @@ def test_a_run_keeps_its_date_and_another_prompt_is_refused(monkeypatch, tmp_pat
 
 
 def test_a_template_that_opens_a_thought_is_said_and_one_that_closes_it_is_not(tmp_path, capsys):
-    tokenizer = common.load_tokenizer(ROOT / "data/base")
+    tokenizer = common.load_tokenizer(BASE)
     for end, said in (("<think>", True), ("<think></think>", False)):
         tokenizer.chat_template = "{{ messages[0].content }}" + end
         tokenizer.save_pretrained(tmp_path)
@@ -219,7 +219,7 @@ def test_lora_trains_an_adapter_alone_and_its_teacher_is_the_start(
     stages[4].main([*MINI[4], *whole])
     (merged,) = rows_of(tmp_path / "whole/distill.jsonl")
     assert first["kl"] == pytest.approx(merged["kl"], rel=1e-3)
-    base, student = load(ROOT / "data/base"), load(tmp_path / "sd_zero")
+    base, student = load(BASE), load(tmp_path / "sd_zero")
     differ = [not torch.equal(a, b) for a, b in zip(base.parameters(), student.parameters())]
     assert any(differ) and not differ[0]  # embeddings stay
     adapter = common.load_model(tmp_path / "sd_zero", tokenizer, CPU, lora=4)

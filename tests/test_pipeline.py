@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils import parameters_to_vector
 
 import common
-from conftest import MINI, ROOT, completion_logits, rows_of
+from conftest import BASE, MINI, ROOT, completion_logits, rows_of
 
 ALL = "responses.jsonl", "verified.jsonl", "revisions.jsonl", "srt", "sd_zero", "eval.jsonl"
 BARS = r"(generate|revise|verify|SRT|distill|base|warning):"
@@ -255,7 +255,7 @@ def test_answers_sampled_elsewhere_take_the_place_of_our_own(lab, mini, tmp_path
     lab.run(1, "--answers", file)
     rows = rows_of(tmp_path / "responses.jsonl")
     assert [row.keys() for row in rows] == [row.keys() for row in ours]
-    end = common.load_tokenizer(ROOT / "data/base").eos_token_id
+    end = common.load_tokenizer(BASE).eos_token_id
     for row, own in zip(rows, ours, strict=True):
         assert all(row[name] == own[name] for name in fields)
         assert (row["response_ids"][-1] == end) == row["finished"]
@@ -349,7 +349,7 @@ def test_rewards_that_are_mostly_errors_end_a_stage(lab, stages, monkeypatch):
 
 
 def test_another_model_brings_the_papers_numbers(tmp_path):
-    base, code = str(ROOT / "data/base"), str(ROOT / "data/code")
+    base, code = str(BASE), str(ROOT / "data/code")
     for flags in ([], ["--model", base], ["--data", code], ["--model", "owner/name"]):
         p, embedded = common.arguments("01", ""), "owner/name" not in flags
         p.add_argument("--limit", type=int, help="so many")
@@ -418,7 +418,7 @@ def test_what_is_not_there_changed_cut_short_or_made_anew_upstream_is_named(lab,
     run = run_of(tmp_path)
     run["made"]["base"]["id"] = "of another model"
     (tmp_path / "run.json").write_text(json.dumps(run))
-    assert "data/base is gone or was changed" in lab.refused(3)
+    assert "data/obedient/base is gone or was changed" in lab.refused(3)
 
 
 def test_a_variant_reads_in_place_and_needs_no_from_later(lab, stages, mini, tmp_path, monkeypatch):
@@ -446,7 +446,7 @@ def test_a_variant_reads_in_place_and_needs_no_from_later(lab, stages, mini, tmp
 def test_phase_2_starts_from_what_it_is_told_and_does_not_mix_the_two(lab, mini):
     loads = lab.calls_of(4, "load_model")
     lab.run(4, "--from", mini, "--start", "base")
-    assert [call.args[0] for call in loads] == [ROOT / "data/base"] * 2
+    assert [call.args[0] for call in loads] == [BASE] * 2
     assert "--overwrite" in lab.refused(4)
 
 
@@ -500,7 +500,7 @@ def test_bad_flags_and_bad_outputs(lab, tmp_path):
 
 
 def test_models_that_would_give_wrong_losses_are_refused(lab, tmp_path):
-    shutil.copytree(ROOT / "data/base", tmp_path / "m")
+    shutil.copytree(BASE, tmp_path / "m")
     flags = "--model", tmp_path / "m", "--data", ROOT / "data", "--limit", 1
     file = tmp_path / "m/model.safetensors"
     tensors = load_file(file)

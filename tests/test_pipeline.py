@@ -114,6 +114,7 @@ def test_teacher_is_frozen_and_synchronised_between_rounds_only(lab, stages, min
         seen.append((prefix, model, parameters_to_vector(model.parameters()).detach()))
         return real(prefix, rows, model)
 
+    monkeypatch.setattr(stages[4], "check", lambda *args: None)  # asks the teacher, too
     monkeypatch.setattr(stages[4], "hidden_after", hidden_after)
     samples, asked = lab.calls_of(4, "sample"), lab.calls_of(4, "prompt_ids")
     lab.part_of_mini(*ALL[:4])
@@ -129,7 +130,8 @@ def test_teacher_is_frozen_and_synchronised_between_rounds_only(lab, stages, min
 
 
 @pytest.mark.parametrize("stage, made", [(3, ALL[:2]), (4, ALL[:4]), (5, ALL[:1])])
-def test_the_reviser_is_told_the_true_reward(lab, tokenizer, stage, made):
+def test_the_reviser_is_told_the_true_reward(lab, tokenizer, stages, monkeypatch, stage, made):
+    monkeypatch.setattr(stages[4], "check", lambda *args: None)  # tells the opposite, on purpose
     asked = lab.calls_of(stage, "revision_ids")
     lab.part_of_mini(*made)
     lab.run(stage)
@@ -356,7 +358,7 @@ def test_another_model_brings_the_papers_numbers(tmp_path):
         args = common.parse(p, [*flags, "--out", str(tmp_path)])
         assert args.run["embedded"] == embedded == Path(args.model).is_dir()
         assert (args.limit, "OpenR1" in args.data) == (
-            (1500, False) if embedded else (10_000, True)
+            (400, False) if embedded else (10_000, True)
         )
 
 

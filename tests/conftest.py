@@ -17,7 +17,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "data/obedient/base"
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
-THREADS = int(os.environ.get("OMP_NUM_THREADS", 2))
+# a thread for each of xdist's processes
+THREADS = int(os.environ.get("OMP_NUM_THREADS", 1 if "PYTEST_XDIST_WORKER" in os.environ else 2))
 torch.set_num_threads(THREADS)
 
 import common  # noqa: E402
@@ -45,6 +46,11 @@ MINI = {  # flags of the stages in miniature
     4: ["--steps", "2", "--batch-size", "8", "--max-new-tokens", "120"],
     5: ["--limit", "6", "--n", "2", "--max-new-tokens", "120"],
 }
+
+
+def pytest_collection_modifyitems(items):
+    """What takes long comes first, so that no process waits for the other at the end."""
+    items.sort(key=lambda item: item.path.stem not in ("test_smollm2", "test_ranks"))
 
 
 def pytest_unconfigure():

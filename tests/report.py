@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from conftest import ROOT, filled_in, load
+from methods import STABLE
 
 CORE = ["base", "rft", "grpo", "sdft", "srt", "sd_zero"]
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's, two-sided
@@ -19,6 +20,7 @@ COLUMNS = {
     "mean_tokens": "length",
 }
 REGIMES = "obedient_", "unasked_"
+WINDOWS = (1, 4), (9, 12), (17, 20), (37, 40)  # steps of phase 2
 SELF = {
     "revised_accuracy": "accuracy after own revision, %",
     "spoiling_rate": "right answers spoiled, %",
@@ -188,6 +190,43 @@ def bit_lines(regime, names, runs, seeds):
     return lines
 
 
+def stable_lines(filed, runs):
+    """Markdown lines: what keeps phase 2 stable where the paper's collapses."""
+    head = ["phase 2 from SRT", *(f"steps {a} to {b}" for a, b in WINDOWS)]
+    head += ["sampled", "greedy", "worst", "off task", "length", "obedient", "functions"]
+    lines = ["**What keeps phase 2 stable**, in % but for tokens and seconds; *long*, unless said"]
+    lines += ["", f"| {' | '.join(head)} |", "|---|" + "--:|" * (len(head) - 1)]
+    levels = [
+        list(runs.get(f"{domain}_srt", {}).values()) for domain in ("long", "obedient", "code")
+    ]
+    sampled = [mean_se([run["metrics"]["accuracy"] for run in level], True) for level in levels]
+    lines.append(f"| none: SRT |{' |' * 4} {end_cells(levels[0])} | {' | '.join(sampled[1:])} |")
+    for name, method in STABLE.items():
+        own = list(runs.get(f"long_{name}", {}).values())
+        path = Path(filed) / f"stopped/long_{name}-0.json"
+        curves = [run["training"]["accuracy"] for run in own]
+        if not curves and path.exists():
+            curves = [json.loads(path.read_text())["training"]["accuracy"]]
+        if curves:
+            parts = [[c[a - 1 : b] for c in curves if len(c) >= b] for a, b in WINDOWS]
+            cells = [mean_se([np.mean(c) for c in part], True) for part in parts]
+            others = [runs.get(f"{d}_{name}", {}).values() for d in ("obedient", "code")]
+            others = [mean_se([run["metrics"]["accuracy"] for run in of], True) for of in others]
+            cells += [end_cells(own), *others]
+            lines.append(f"| {method.label} | {' | '.join(cells)} |")
+    return lines
+
+
+def end_cells(own):
+    """Where runs ended, as cells of a table."""
+    metrics = [run["metrics"] for run in own]
+    cells = [mean_se([m[key] for m in metrics], True) for key in ("accuracy", "greedy")]
+    cells.append(f"{100 * min(m['accuracy'] for m in metrics):.1f}" if own else "–")
+    cells.append(mean_se([run["off_task"] for run in own], True))
+    cells.append(mean_se([m["mean_tokens"] for m in metrics], digits=0))
+    return " | ".join(cells)
+
+
 def outcome_lines(filed):
     """Markdown lines: the two-outcome model (tests/outcomes.py), edit by edit."""
     head = "n | p | T(R\\|R) | T(R\\|W) | drift foretold | came in 5 steps | in 20"
@@ -255,8 +294,11 @@ def tables(filed, methods, claims):
     seeds, some = max(map(len, runs.values())), next(iter(next(iter(runs.values())).values()))
     core = [name for name in CORE if name in runs]
     code = [name for name in methods if name in runs and name.startswith("code_")]
-    regimes = [name for name in methods if name in runs and name.startswith(REGIMES)]
-    rest = [name for name in methods if name in runs and name not in core + code + regimes]
+    regimes = [
+        name for name in methods if name in runs and methods[name].domain not in ("", "code")
+    ]
+    rest = [name for name in methods if name in runs and not methods[name].domain]
+    rest = [name for name in rest if name not in core]
     note = f"{seeds} seeds, {some['metrics']['problems']} test problems, {some['metrics']['n']} "
     note += (
         "answers to each, mean ± standard error over seeds.\n*Mended*: the share of its own wrong "
@@ -269,8 +311,10 @@ def tables(filed, methods, claims):
     for title, names in titles:
         lines += ["", title, "", *table_of(names, runs, seeds)] if names else []
     for regime in REGIMES:
-        names = [name for name in regimes if name.startswith(regime)]
+        told = "base", "srt", *TOLD
+        names = [f"{regime}{name}" for name in told if f"{regime}{name}" in runs]
         lines += ["", *bit_lines(regime, names, runs, seeds)] if names else []
+    lines += ["", *stable_lines(filed, runs)]
     astray = {name: [run["off_task"] for run in runs[name].values()] for name in code}
     astray = [f"`{name}` {mean_se(v, True)}" for name, v in astray.items() if None not in v]
     lines += ["", f"Programs off their task, %: {', '.join(astray)}.", ""] if astray else [""]

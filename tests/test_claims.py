@@ -153,13 +153,12 @@ def test_judgements_and_pass_at_k_by_hand():
 
 
 def test_methods_and_their_searches_run_in_miniature_and_are_not_run_twice(tmp_path):
-    """An ablation and the second domain: commands, patches, places, what is filed."""
-    methods, filed = ["neutral", "code_base"], tmp_path / "filed"
+    """A baseline and the second domain: commands, patches, places, what is filed."""
+    methods, filed = ["rft", "code_base"], tmp_path / "filed"
     argv = ["--miniature", "--seeds", "1", "--jobs", "1", "--out", str(tmp_path), "--methods"]
     claims.main([*argv, *methods])
     made = {path: path.stat().st_mtime_ns for path in filed.iterdir()}
-    searches = {f"search-{name}.json" for name in ("srt", "sd_zero")}
-    assert {path.name for path in made} == {f"{name}-0.json" for name in methods} | searches
+    assert {path.name for path in made} == {"rft-0.json", "code_base-0.json", "search-rft.json"}
     for name in methods:
         run = json.loads((filed / f"{name}-0.json").read_text())
         assert run["metrics"]["problems"] == 6 and (run["answers"] > 0) == (name != "code_base")

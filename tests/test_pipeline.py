@@ -357,9 +357,7 @@ def test_another_model_brings_the_papers_numbers(tmp_path):
         p.add_argument("--limit", type=int, help="so many")
         args = common.parse(p, [*flags, "--out", str(tmp_path)])
         assert args.run["embedded"] == embedded == Path(args.model).is_dir()
-        assert (args.limit, "OpenR1" in args.data) == (
-            (400, False) if embedded else (10_000, True)
-        )
+        assert (args.limit, "OpenR1" in args.data) == ((400, False) if embedded else (10_000, True))
 
 
 def test_help_shows_both_defaults_and_every_flag_of_the_readmes_commands(stages, capsys):

@@ -107,8 +107,14 @@ def test_a_check_before_training_finds_revisers_that_do_not_listen_or_that_unlea
     stage.warn = warnings.append
     tokenizer = common.load_tokenizer(base)
     model = common.load_model(base, tokenizer, torch.device("cpu"))
-    problems = common.load_problems(ROOT / "data" / data, "validation", 40)
-    args = {"seed": 0, "max_new_tokens": 320, "temperature": 1.0, "top_p": 1.0, "batch_rows": 384}
+    problems = common.load_problems(ROOT / "data" / data, "validation", 32)
+    args = {
+        "seed": 0,
+        "max_new_tokens": 300 if data else 160,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "batch_rows": 384,
+    }
     args = SimpleNamespace(**args, p_r=common.P_R, out="check")
     rows = stage.rollouts(model, tokenizer, problems, 0, args)
     parts = common.micro_batches(rows, stage.length, 2048)

@@ -18,7 +18,6 @@ that phase 1 did not use → sd_zero/, distill.jsonl (a row per step), sd_zero.b
     python 04_self_distill.py --from runs/demo --out runs/no_srt --start base     # no phase 1
 """
 
-import math
 import random
 import time
 from contextlib import nullcontext
@@ -186,7 +185,7 @@ def check(teacher, head, tokenizer, parts, taught, args):
         of_token = [(y, x["reward"]) for x in part for y in x["response_ids"]]
         y, r = torch.tensor(of_token, device=teacher.device).reshape(-1, 2).long().T  # [N], [N]
         log_p = log_probs(head, hidden_after("generator", part, teacher), y)
-        sure = (r == 1) & (log_p > math.log(SURE))
+        sure = (r == 1) & (log_p.exp() > SURE)
         known += sure.sum().item()
         doubted += (sure & (log_probs(head, told.to(y.device), y) < log_p - DOUBT)).sum().item()
     n, right, truth, opposite, known, doubted = map(sum, zip(*all_ranks([*counts, known, doubted])))
@@ -227,8 +226,7 @@ def flags():
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     either = p.add_mutually_exclusive_group()  # an adapter's teacher is no other model
     either.add_argument("--offload-teacher", action="store_true", help="to the CPU, in between")
-    rank = "train an adapter of rank R; try --lr 1e-4"
-    either.add_argument("--lora", type=int, metavar="R", help=rank)
+    either.add_argument("--lora", type=int, metavar="R", help="adapter of rank R; try --lr 1e-4")
     p.add_argument("--save-every", type=int, default=10, help="steps between saves")
     return p
 

@@ -255,9 +255,7 @@ def arguments(stage, doc):
 def sampling_flags(p):
     p.add_argument("--max-new-tokens", type=int, help="longer answers are cut")
     p.add_argument("--temperature", type=float, default=1.0, help="0: greedy; the paper has 0.7")
-    p.add_argument(
-        "--top-p", type=float, default=1.0, help="leave out what is unlikelier than this"
-    )
+    p.add_argument("--top-p", type=float, default=1.0, help="leave out the unlikeliest tokens")
     p.add_argument("--batch-rows", type=int, help="answers sampled at once")
 
 

@@ -30,8 +30,15 @@ SELF = {
     "wrong_after_wrong": "“wrong” among phrases after wrong attempts, %",
     "wrong_after_right": "“wrong” among phrases after right attempts, %",
 }
-FIGURES = "data/stages.png", "data/bit.png"
+FIGURES = "data/stages.png", "data/bit.png", "data/budgets.png"
 GREY = "#6b7680"
+CURVES = {  # of the second figure: colour, name
+    "sd_zero": ("#2b7bba", "SD-Zero"),
+    "no_srt": ("#7fb8e0", "phase 2 on the base"),
+    "sdft": ("#5a9a68", "SDFT"),
+    "grpo": ("#e8a33d", "GRPO"),
+    "rft": ("#6b7680", "RFT"),
+}
 TOLD = {  # what the teacher of phase 2 is told: its colour, its name in the figure
     "true": ("#2b7bba", "told the\ntruth"),
     "one": ("#e8a33d", "always told\n“rephrase”"),
@@ -190,6 +197,33 @@ def bit_lines(regime, names, runs, seeds):
     return lines
 
 
+def read_budgets(filed, regime="obedient"):
+    """{method: its curves, each [answers], [accuracy]} of tests/budgets.py, in CURVES' order."""
+    found = {}
+    for name in CURVES:
+        for path in sorted((Path(filed) / "budgets").glob(f"{regime}_{name}-[0-9].json")):
+            points = json.loads(path.read_text())["curve"]
+            both = [[point[key] for point in points] for key in ("answers", "accuracy")]
+            found.setdefault(name, []).append(both)
+    return found
+
+
+def budget_lines(filed):
+    """Markdown lines: accuracy by all answers sampled, method by method."""
+    lines = ["**What an answer buys**: sampled, %, by all answers sampled for training; *obedient*"]
+    lines += ["", "| | seeds | about 1,024 | 2,048 | 4,096 | 8,192 | searched, % on validation |"]
+    lines.append("|---|" + "--:|" * 5 + "---|")
+    for name, curves in read_budgets(filed).items():
+        cells = [mean_se(of, True) for of in zip(*(accuracy for _, accuracy in curves))]
+        tried = json.loads((Path(filed) / f"budgets/search-obedient_{name}.json").read_text())
+        tried = [f"{choice} → {100 * a:.1f}" for choice, a in tried.items()]
+        tried = ("; " if name == "sd_zero" else ", ").join(
+            t if name == "sd_zero" else t.replace(", 200", "") for t in tried
+        )
+        lines.append(f"| {CURVES[name][1]} | {len(curves)} | {' | '.join(cells)} | {tried} |")
+    return lines if len(lines) > 4 else []
+
+
 def stable_lines(filed, runs):
     """Markdown lines: what keeps phase 2 stable where the paper's collapses."""
     head = ["phase 2 from SRT", *(f"steps {a} to {b}" for a, b in WINDOWS)]
@@ -314,7 +348,7 @@ def tables(filed, methods, claims):
         told = "base", "srt", *TOLD
         names = [f"{regime}{name}" for name in told if f"{regime}{name}" in runs]
         lines += ["", *bit_lines(regime, names, runs, seeds)] if names else []
-    lines += ["", *stable_lines(filed, runs)]
+    lines += ["", *budget_lines(filed), "", *stable_lines(filed, runs)]
     astray = {name: [run["off_task"] for run in runs[name].values()] for name in code}
     astray = [f"`{name}` {mean_se(v, True)}" for name, v in astray.items() if None not in v]
     lines += ["", f"Programs off their task, %: {', '.join(astray)}.", ""] if astray else [""]
@@ -405,6 +439,40 @@ def plot_bit(runs, path):
     plt.close(figure)
 
 
+def plot_budgets(filed, runs, path):
+    """On the obedient base: accuracy against all answers sampled for training."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 4.4), layout="constrained")
+    ends = []
+    for name, curves in read_budgets(filed).items():
+        colour, label = CURVES[name]
+        answers, accuracy = np.array(curves).swapaxes(0, 1)  # each [seeds, budgets]
+        accuracy = 100 * accuracy
+        axes.plot(answers.T, accuracy.T, color=colour, linewidth=0.8, alpha=0.4)
+        x, y = answers.mean(0), accuracy.mean(0)
+        axes.plot(x, y, color=colour, linewidth=2.8, marker="o", markersize=5)
+        ends.append((y[-1], label, colour))
+    below = np.inf
+    for y, label, colour in sorted(ends, reverse=True):  # names do not cover each other
+        below = min(y, below - 5)
+        how = {"color": colour, "fontsize": 12, "va": "center", "annotation_clip": False}
+        axes.annotate(f"{label} {y:.0f}", (9000, below), **how)
+    base = 100 * np.mean(of(runs, "obedient_base", "accuracy"))
+    axes.axhline(base, color=GREY, linewidth=1.2, linestyle=":", zorder=0)
+    axes.set_xscale("log")
+    ticks = [1024, 2048, 4096, 8192]
+    axes.set_xticks(ticks, ["1K", "2K", "4K", "8K"], fontsize=11)
+    axes.minorticks_off()
+    axes.set_yticks([base, 60, 80, 100], [f"base {base:.0f}", "60", "80", "100"], fontsize=11)
+    axes.set(title="right answers to test problems, %", ylim=(38, 102), xlim=(900, 20000))
+    axes.set_xlabel("answers sampled for training, all of them", loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.title.set_fontsize(13)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 # ---------------------------------------------------------------- written or checked
 
 
@@ -422,6 +490,8 @@ def write(filed, methods, claims, root):
     plot_stages(runs, root / FIGURES[0])
     if all(f"obedient_{name}" in runs for name in ("base", "srt", *TOLD)):
         plot_bit(runs, root / FIGURES[1])
+    if read_budgets(filed) and "obedient_base" in runs:
+        plot_budgets(filed, runs, root / FIGURES[2])
 
 
 def check(filed, methods, claims, scratch):

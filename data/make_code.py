@@ -152,6 +152,6 @@ def documents(rng, held_out=()):
 
 
 if __name__ == "__main__":
-    sizes = {"train": 4700, "test": 500}
+    sizes = {"train": 4400, "validation": 300, "test": 500}
     args = flags(__doc__, 20_000_000).parse_args()
     make(args, HERE / "code", sizes, problems, documents, length=384, vocab=512)

@@ -8,11 +8,18 @@ reverse KL pulls z to the mean of T over them. So the drift foretold is mean(T) 
 edit; the drift that came is the change of mean(z), on the same answers, after 5 and 20 steps.
 
     data/claims/outcomes/REGIME_TOLD.json   {edit: {n, p, z, T_R, T_W, foretold, after_5, after_20}}
+    data/claims/outcomes/doubts.json        {base or SRT: {edits a problem: {what was read: share}}}
+
+The second file is about the long base. Of the tokens of right answers that the generator is sure of
+it has the share that the reviser doubts (04's check), by the length of problems: does it come from
+two copies of an answer in one text, from phase 1, or from revisions that are longer than those that
+the base has read (its texts have 480 tokens: a second attempt at seven edits rarely fits)?
 
     python tests/outcomes.py    # after claims.py: it needs its runs of seed 0; minutes
 """
 
 import json
+import random
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,6 +92,39 @@ def outcomes(regime, told, out):
     return filed
 
 
+@torch.no_grad()
+def doubts(folder, edits, problems=96):
+    """{what the reviser has read before y: of the sure tokens of right answers, the share that it
+    doubts}, for problems of so many edits."""
+    stage, digits = load("04_self_distill.py"), load("data/make_data.py")
+    tokenizer, rng, asked = common.load_tokenizer(folder), random.Random(5), []
+    model = common.load_model(folder, tokenizer, torch.device("cpu"))
+    for i in range(problems):
+        x = digits.make_long_problem(rng, edits)
+        x = {"id": str(i), "problem": digits.problem_text(*x), "answer": digits.solve(*x)}
+        asked.append({**x, "kind": "math"})
+    how = {"seed": 0, "max_new_tokens": 480, "temperature": 1.0, "top_p": 1.0, "batch_rows": 384}
+    how = SimpleNamespace(p_r=common.P_R, out=folder, **how)
+    rows = stage.rollouts(model, tokenizer, asked, 0, how)
+    for row, other in zip(rows, [*rows[1:], rows[0]]):
+        row["told the opposite"] = common.revision_ids(
+            tokenizer, row["problem"], row["response_ids"], 0
+        )
+        row["another problem's answer"] = common.revision_ids(
+            tokenizer, row["problem"], other["response_ids"], 1
+        )
+        row["told the truth"] = row["reviser"]
+    right, head, found = [r for r in rows if r["reward"]], model.get_output_embeddings(), {}
+    y = torch.tensor(sum((r["response_ids"] for r in right), []))
+    log_p = stage.log_probs(head, stage.hidden_after("generator", right, model), y)
+    sure = log_p.exp() > stage.SURE
+    for read in ("told the truth", "told the opposite", "another problem's answer"):
+        log_t = stage.log_probs(head, stage.hidden_after(read, right, model), y)
+        doubted = (sure & (log_t < log_p - stage.DOUBT)).sum() / sure.sum()
+        found[read] = round(doubted.item(), 4)
+    return {"right answers": len(right), **found}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for regime in ("obedient", "unasked"):
@@ -94,3 +134,9 @@ if __name__ == "__main__":
             if not path.exists():
                 filed = outcomes(regime, told, ROOT / "runs/claims")
                 common.write_whole(path, json.dumps(filed, indent=1) + "\n")
+    path = FILED / "outcomes/doubts.json"
+    if not path.exists():
+        folders = {"base": ROOT / "data/long/base"}
+        folders["SRT"] = next((ROOT / "runs/claims/long_seed0").glob("srt-*/srt"))
+        filed = {name: {n: doubts(f, n) for n in (3, 5, 7)} for name, f in folders.items()}
+        common.write_whole(path, json.dumps(filed, indent=1) + "\n")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from conftest import ROOT, filled_in, load
+from conftest import ROOT, filled_in
 from methods import STABLE
 
 CORE = ["base", "rft", "grpo", "sdft", "srt", "sd_zero"]
@@ -30,7 +30,7 @@ SELF = {
     "wrong_after_wrong": "“wrong” among phrases after wrong attempts, %",
     "wrong_after_right": "“wrong” among phrases after right attempts, %",
 }
-FIGURES = "data/stages.png", "data/bit.png", "data/budgets.png"
+FIGURES = "data/bit.png", "data/budgets.png"
 GREY = "#6b7680"
 CURVES = {  # of the second figure: colour, name
     "sd_zero": ("#2b7bba", "SD-Zero"),
@@ -145,6 +145,18 @@ def told_table(runs):
         names = [f"{regime}_{name}" for name in ("base", *TOLD, "srt")]
         cells = [mean_se(of(runs, n, "accuracy"), True) if n in runs else "–" for n in names]
         lines.append(f"| `data/{regime}/base` | {' | '.join(cells)} |")
+    return lines
+
+
+def long_table(runs):
+    """Markdown lines: long problems, where the paper's phase 2 collapses, and what holds there."""
+    names = {"srt": "SRT", "sd_zero": "the paper's", "clip": "clipped", "gate": "gated"}
+    names = {name: label for name, label in names.items() if f"long_{name}" in runs}
+    lines = [f"| after phase 2 on `data/long` | {' | '.join(names.values())} |"]
+    lines.append("|---|" + "--:|" * len(names))
+    for key in ("accuracy", "greedy"):
+        cells = [mean_se(of(runs, f"long_{name}", key), True) for name in names]
+        lines.append(f"| {COLUMNS[key]} | {' | '.join(cells)} |")
     return lines
 
 
@@ -270,7 +282,7 @@ def outcome_lines(filed):
     lines[-1] += " came (`tests/outcomes.py`, seed 0):"
     lines += ["", "| base, told | right signs, 5 steps | 20 | correlation, 5 steps | 20 |"]
     lines += ["|---|--:|--:|--:|--:|"]
-    for path in sorted((Path(filed) / "outcomes").glob("*.json")):
+    for path in sorted((Path(filed) / "outcomes").glob("*_*.json")):
         of, cells = json.loads(path.read_text()), []
         foretold, *came = (np.array([row[key] for row in of.values()]) for key in keys[-3:])
         cells += [f"{(foretold * after > 0).sum()} of {len(of)}" for after in came]
@@ -282,6 +294,25 @@ def outcome_lines(filed):
             cells = [f"{row[k]:{f}}" if k in row else "–" for k, f in zip(keys, signs)]
             details.append(f"| {told} | {edit} | {' | '.join(cells)} |")
     return [*lines, *details] if len(lines) > 4 else []
+
+
+def doubt_lines(filed):
+    """Markdown lines: where the long base's reviser doubts what its generator knows."""
+    path = Path(filed) / "outcomes/doubts.json"
+    if not path.exists():
+        return []
+    lines = [
+        "Of the tokens of right answers that the generator is sure of (p > 0.9), those that its"
+    ]
+    lines[-1] += " reviser doubts (by 0.01 nats), %; *long*, by edits a problem:"
+    filed = json.loads(path.read_text())
+    ways = [key for key in filed["base"]["3"] if key != "right answers"]
+    lines += ["", f"| | edits | {' | '.join(ways)} | right answers |", "|---|--:|" + "--:|" * 4]
+    for name, by_length in filed.items():
+        for n, row in by_length.items():
+            cells = [f"{100 * row[way]:.1f}" for way in ways]
+            lines.append(f"| {name} | {n} | {' | '.join(cells)} | {row['right answers']} |")
+    return lines
 
 
 def kl_lines(runs):
@@ -338,7 +369,7 @@ def tables(filed, methods, claims):
         "answers to each, mean ± standard error over seeds.\n*Mended*: the share of its own wrong "
     )
     note += "answers that the model corrects when told so.\n*Answers*: sampled for training."
-    first = [note, "", *core_table(core, runs), "", *told_table(runs)]
+    first = [note, "", *core_table(core, runs), "", *told_table(runs), "", *long_table(runs)]
     lines = [note, "", *table_of(core, runs, seeds)]
     titles = ("**The second domain**, short functions", code)
     titles = titles, ("**Ablations**: SD-Zero with one thing changed", rest)
@@ -379,23 +410,12 @@ def tables(filed, methods, claims):
     lines += ["", "The commands of each row, without paths and seeds:", ""]
     rates = {name: f"{found['rate']:g}" for name, found in searches.items()}
     lines += [f"- `{name}`: {short(methods[name], rates)}" for name in core + code + rest + regimes]
-    return "\n".join(first), "\n".join([*lines, "", *best_lines(filed), "", *outcome_lines(filed)])
+    return "\n".join(first), "\n".join(
+        [*lines, "", *best_lines(filed), "", *outcome_lines(filed), "", *doubt_lines(filed)]
+    )
 
 
 # ---------------------------------------------------------------- the figures
-
-
-def plot_stages(runs, path):
-    """05's figure of base, SRT and SD-Zero, over seeds."""
-    summary = []
-    for name, label in (("base", "base"), ("srt", "SRT (phase 1)"), ("sd_zero", "SD-Zero")):
-        row = {"checkpoint": label}
-        for key in ("accuracy", "mean_tokens"):
-            values = of(runs, name, key) if name in runs else [0]
-            error = standard_error(values) if len(values) > 1 else 0
-            row |= {key: float(np.mean(values)), f"{key}_se": error}
-        summary.append(row)
-    load("05_eval.py").plot_stages(summary, path)
 
 
 def plot_bit(runs, path):
@@ -487,11 +507,10 @@ def write(filed, methods, claims, root):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(filled_in((path if path.exists() else there).read_text(), "results", text))
     runs, _ = read(filed)
-    plot_stages(runs, root / FIGURES[0])
     if all(f"obedient_{name}" in runs for name in ("base", "srt", *TOLD)):
-        plot_bit(runs, root / FIGURES[1])
+        plot_bit(runs, root / FIGURES[0])
     if read_budgets(filed) and "obedient_base" in runs:
-        plot_budgets(filed, runs, root / FIGURES[2])
+        plot_budgets(filed, runs, root / FIGURES[1])
 
 
 def check(filed, methods, claims, scratch):

@@ -189,8 +189,8 @@ def check(teacher, head, tokenizer, parts, taught, args):
         known += sure.sum().item()
         doubted += (sure & (log_probs(head, told.to(y.device), y) < log_p - DOUBT)).sum().item()
     n, right, truth, opposite, known, doubted = map(sum, zip(*all_ranks([*counts, known, doubted])))
-    tqdm.write(f"right: {right / n:.0%}; revised, told the truth: {truth / n:.0%}, ", end="")
-    tqdm.write(f"the opposite: {opposite / n:.0%}")
+    said = f"right: {right / n:.0%}; revised, told the truth: {truth / n:.0%}, "
+    tqdm.write(said + f"the opposite: {opposite / n:.0%}")
     tqdm.write(f"right tokens it is sure of that its reviser doubts: {doubted / max(1, known):.1%}")
     if truth - opposite < LISTENS * n:
         warn("the reviser hardly listens to P_r, so the reward adds little; more of phase 1?")

@@ -30,7 +30,8 @@ SELF = {
     "wrong_after_wrong": "“wrong” among phrases after wrong attempts, %",
     "wrong_after_right": "“wrong” among phrases after right attempts, %",
 }
-FIGURES = "data/bit.png", "data/budgets.png"
+FIGURES = "data/bit.png", "data/budgets.png", "data/claims/outcomes.png"
+HITS = "answers", "kl_on_it", "kl_by_line_end", "reward_by_line_end", "chance"
 GREY = "#6b7680"
 CURVES = {  # of the second figure: colour, name
     "sd_zero": ("#2b7bba", "SD-Zero"),
@@ -326,18 +327,20 @@ def kl_lines(runs):
         cells = [mean_se([spread["nats"] for spread in spreads])]
         cells += [mean_se([spread["top"][i] for spread in spreads], True) for i in range(4)]
         lines.append(f"| {title} | {' | '.join(cells)} |")
-    keys = "answers", "kl_on_it", "kl_by_line_end", "reward_by_line_end", "chance"
-    n, *hits = ([run["mistakes"][key] for run in srt] for key in keys)
-    on_it, by_kl, by_reward, chance = (mean_se(values, True) for values in hits)
     lines += [
         "",
-        f"In the last attempt of wrong answers ({sum(n)} in all) the token with the most KL",
+        "In the last attempt of wrong answers, does a token point to the first wrong digit?",
     ]
-    lines[-1] += (
-        f" is the first wrong digit in {on_it}%, and lies between it and the end of its line"
+    head = (
+        "wrong answers | the most KL: on it, % | from it to its line's end | the largest KL reward"
     )
-    lines[-1] += f" in {by_kl}%; that with the largest KL reward in {by_reward}%; a random token"
-    lines[-1] += f" would in {chance}%."
+    lines += ["", f"| SRT of | {head}: there | a random token |", "|---|" + "--:|" * 5]
+    for regime in ("", "obedient_", "unasked_", "long_"):
+        if f"{regime}srt" not in runs:
+            continue
+        n, *hits = ([run["mistakes"][key] for run in runs[f"{regime}srt"].values()] for key in HITS)
+        cells = [f"{sum(n)}", *(mean_se(values, True) for values in hits)]
+        lines.append(f"| {regime.rstrip('_') or 'truthful'} | {' | '.join(cells)} |")
     return lines
 
 
@@ -493,6 +496,27 @@ def plot_budgets(filed, runs, path):
     plt.close(figure)
 
 
+def plot_outcomes(filed, path):
+    """The two-outcome model: drift of a reading foretold by one batch, and what training did."""
+    from matplotlib import pyplot as plt
+
+    figure, both = plt.subplots(1, 2, figsize=(8, 4.2), layout="constrained", sharey=True)
+    for axes, regime in zip(both, ("obedient", "unasked")):
+        for told, (colour, label) in TOLD.items():
+            rows = json.loads((Path(filed) / f"outcomes/{regime}_{told}.json").read_text()).values()
+            x, y = ([row[key] for row in rows] for key in ("foretold", "after_20"))
+            label = label.replace("\n", " ")
+            axes.scatter(x, y, s=60, color=colour, label=label, edgecolors="white")
+        axes.axhline(0, color=GREY, linewidth=0.8)
+        axes.axvline(0, color=GREY, linewidth=0.8)
+        axes.set(title=f"{regime}: a point is an edit", xlabel="drift foretold by one batch, nats")
+        axes.spines[["top", "right"]].set_visible(False)
+    both[0].set_ylabel("drift that came in 20 steps, nats")
+    both[0].legend(frameon=False, fontsize=11)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 # ---------------------------------------------------------------- written or checked
 
 
@@ -511,6 +535,8 @@ def write(filed, methods, claims, root):
         plot_bit(runs, root / FIGURES[0])
     if read_budgets(filed) and "obedient_base" in runs:
         plot_budgets(filed, runs, root / FIGURES[1])
+    if (Path(filed) / "outcomes").exists():
+        plot_outcomes(filed, root / FIGURES[2])
 
 
 def check(filed, methods, claims, scratch):

@@ -124,20 +124,6 @@ def table_of(names, runs, seeds):
     return lines
 
 
-def core_table(names, runs):
-    """Markdown lines: a row a method, so narrow that it fits a page."""
-    keys = "accuracy", "greedy", "correction_rate", "mean_tokens"
-    head = ["", *(COLUMNS[key] for key in keys), "answers"]
-    lines = [f"| {' | '.join(head)} |", "|---|" + "--:|" * (len(head) - 1)]
-    for name in names:
-        own = list(runs[name].values())
-        cells = [own[0]["label"].split(":")[0]]
-        cells += [mean_se(of(runs, name, key), key != "mean_tokens") for key in keys]
-        cells.append(f"{np.mean([run['answers'] for run in own]):,.0f}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
 def told_table(runs):
     """Markdown lines: by base, the accuracy of phase 2 by what its teacher was told."""
     lines = ["| sampled, %, after phase 2 on | base | the truth | one P_r | the opposite | SRT |"]
@@ -357,7 +343,7 @@ def best_lines(filed):
 
 
 def tables(filed, methods, claims):
-    """(the one table of README.md, all of data/claims/README.md), in Markdown."""
+    """(the tables of README.md, all of data/claims/README.md), in Markdown."""
     runs, searches = read(filed)
     seeds, some = max(map(len, runs.values())), next(iter(next(iter(runs.values())).values()))
     core = [name for name in CORE if name in runs]
@@ -372,7 +358,7 @@ def tables(filed, methods, claims):
         "answers to each, mean ± standard error over seeds.\n*Mended*: the share of its own wrong "
     )
     note += "answers that the model corrects when told so.\n*Answers*: sampled for training."
-    first = [note, "", *core_table(core, runs), "", *told_table(runs), "", *long_table(runs)]
+    first = [*told_table(runs), "", *long_table(runs)]
     lines = [note, "", *table_of(core, runs, seeds)]
     titles = ("**The second domain**, short functions", code)
     titles = titles, ("**Ablations**: SD-Zero with one thing changed", rest)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import analyses
+import budgets
 import claims
 import report
 from conftest import ROOT, common, load
@@ -53,6 +54,15 @@ def test_the_baselines_have_sd_zeros_sample_budget():
     for seed, sd_zero in runs["sd_zero"].items():
         for name in ("rft", "grpo", "sdft", "no_srt_long"):
             assert abs(runs[name][seed]["answers"] / sd_zero["answers"] - 1) < 0.02, (name, seed)
+
+
+@pytest.mark.parametrize("budget", budgets.BUDGETS)
+def test_no_method_gets_more_answers_or_more_tries_than_its_budget(budget):
+    (rft, _), (sdft, steps) = (budgets.sizes(name, budget, 0) for name in ("rft", "sdft"))
+    assert 4 * rft == 4 * sdft + 64 * steps == budget
+    assert all(64 * budgets.sizes(name, budget, 0)[1] == budget for name in ("grpo", "no_srt"))
+    tries = {name: len({rate for rate, _ in budgets.choices(name)}) for name in budgets.METHODS}
+    assert set(tries.values()) == {3}
 
 
 PROBLEM = "Start with 37512: reverse, then swap the ends. What number results?"

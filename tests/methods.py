@@ -133,8 +133,8 @@ forward    | forward KL                                             | --kl forwa
 mixed      | mixed KL                                               | --kl mixed
 clip       | KL of a token clipped at 1 nat                         | | clip
 anchor     | + 0.1 KL(student ‖ start)                              | | anchor
-mask       | only tokens where telling matters                      | | mask
-gate       | there, and elsewhere the frozen generator as target    | | gate
+mask       | mask: only tokens where telling matters                | | mask
+gate       | gate: elsewhere the frozen generator is the target     | | gate
 contrast   | the generator + 4 (T_true − T_other), up to 2 nats     | | contrast
 wrong_kl   | KL of wrong answers, policy gradient of right ones     | | wrong_kl
 ema_1      | the teacher follows, 1% a step                         | | ema      | EMA=0.01

@@ -227,7 +227,7 @@ def stable_lines(filed, runs):
     """Markdown lines: what keeps phase 2 stable where the paper's collapses."""
     head = ["phase 2 from SRT", *(f"steps {a} to {b}" for a, b in WINDOWS)]
     head += ["sampled", "greedy", "worst", "off task", "length", "obedient", "functions"]
-    lines = ["**What keeps phase 2 stable**, in % but for tokens and seconds; *long*, unless said"]
+    lines = ["**What keeps phase 2 stable**, in % but for the length, tokens; *long*, unless said"]
     lines += ["", f"| {' | '.join(head)} |", "|---|" + "--:|" * (len(head) - 1)]
     levels = [
         list(runs.get(f"{domain}_srt", {}).values()) for domain in ("long", "obedient", "code")

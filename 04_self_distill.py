@@ -175,9 +175,10 @@ def check(teacher, head, tokenizer, parts, taught, args):
     knows, tokens of right answers that it is sure of? parts, taught: as in main."""
     rows, known, doubted = sum(parts, []), 0, 0
     seeds = [row_seed(args.seed, "check", x["id"]) for x in rows]
-    others = [(x["problem"], x["response_ids"], 1 - x["reward"], args.p_r) for x in rows]
     counts = [len(rows), sum(x["reward"] for x in rows)]
-    for prefixes in [x["reviser"] for x in rows], [revision_ids(tokenizer, *x) for x in others]:
+    for lie in (0, 1):
+        told = [(x["problem"], x["response_ids"], x["reward"] ^ lie, args.p_r) for x in rows]
+        prefixes = [revision_ids(tokenizer, *x) for x in told]
         revised = sample(teacher, prefixes, seeds, **sampling(args))
         texts = [tokenizer.decode(y, skip_special_tokens=True) for y in revised]
         counts.append(sum(reward for reward, _, _ in verify_all(rows, texts)))
@@ -189,9 +190,9 @@ def check(teacher, head, tokenizer, parts, taught, args):
         known += sure.sum().item()
         doubted += (sure & (log_probs(head, told.to(y.device), y) < log_p - DOUBT)).sum().item()
     n, right, truth, opposite, known, doubted = map(sum, zip(*all_ranks([*counts, known, doubted])))
-    said = f"right: {right / n:.0%}; revised, told the truth: {truth / n:.0%}, "
+    said = f"right: {right / n:.0%}; the reviser, told the truth: {truth / n:.0%}, "
     tqdm.write(said + f"the opposite: {opposite / n:.0%}")
-    tqdm.write(f"right tokens it is sure of that its reviser doubts: {doubted / max(1, known):.1%}")
+    tqdm.write(f"of {known:,} sure and right tokens it doubts {doubted / max(1, known):.1%}")
     if truth - opposite < LISTENS * n:
         warn("the reviser hardly listens to P_r, so the reward adds little; more of phase 1?")
     if doubted > UNLEARNS * known:

@@ -312,9 +312,7 @@ def main(argv=None):
     if args.data == "open-r1/OpenR1-Math-220k":  # which has no test split
         args.test_data = args.test_data or "HuggingFaceH4/MATH-500"
     data = args.test_data or args.data
-    learned = [
-        made[name]["arguments"]["split"] for name in ("responses.jsonl", "sd_zero") if name in made
-    ]
+    learned = [made[x]["arguments"]["split"] for x in ("responses.jsonl", "sd_zero") if x in made]
     problems = load_problems(data, args.split, args.limit, args.allow_code, args.seed)
     used = {row["problem"] for row in read_jsonl(find(args, "responses.jsonl"))}
     if any(x["problem"] in used for x in problems) or data == args.data and args.split in learned:

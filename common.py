@@ -239,7 +239,9 @@ def arguments(stage, doc):
     p.set_defaults(stage=stage)
     g = p.add_argument_group("the run (what its stages share is said once, to 01)")
     g.add_argument("--out", default="runs/demo", type=Path, help="the run's folder")
-    g.add_argument("--model", help="chat model: folder or hub id (default: the base in --data)")
+    g.add_argument(
+        "--model", help="chat model: folder or hub id (default: the base of --data, or ours)"
+    )
     g.add_argument("--data", help="problems: JSONL file, folder with SPLIT.jsonl, or hub id")
     g.add_argument("--seed", type=int, help="of all sampling and shuffling (default: 0)")
     g.add_argument("--p-r-right", metavar="P_r", help=f"after a right answer (default: {P_R[1]})")

@@ -235,7 +235,7 @@ def test_a_teacher_is_refreshed_only_if_nothing_got_worse(accuracy, tokens, due)
 def test_right_answers_get_the_policy_gradient_and_wrong_ones_the_kl(mini, tmp_path, model):
     stage, head = run("wrong_kl", mini, tmp_path / "out"), model.get_output_embeddings()
     hidden, hidden_t, y = torch.randn(4, 128), torch.randn(4, 128), torch.tensor([5, 6, 7, 8])
-    gain, gradients = torch.tensor([0.3, 0.3, 0, 0]), []
+    gain, gradients = torch.tensor([0.3, 0.0, -1, -1]), []  # the second: all were right
     for ours in (True, False):
         states = hidden.clone().requires_grad_()
         if ours:

@@ -57,7 +57,7 @@ def test_the_baselines_have_sd_zeros_sample_budget():
 
 
 @pytest.mark.parametrize("budget", budgets.BUDGETS)
-def test_no_method_gets_more_answers_or_more_tries_than_its_budget(budget):
+def test_baselines_sample_their_budget_and_every_method_has_three_rates(budget):
     (rft, _), (sdft, steps) = (budgets.sizes(name, budget, 0) for name in ("rft", "sdft"))
     assert 4 * rft == 4 * sdft + 64 * steps == budget
     assert all(64 * budgets.sizes(name, budget, 0)[1] == budget for name in ("grpo", "no_srt"))

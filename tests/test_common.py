@@ -303,8 +303,10 @@ def test_steps_of_the_short_functions_by_hand():
 @needs_sandbox
 def test_right_programs_pass_and_each_single_mistake_fails():
     folder = ROOT / "data/code"
-    train, test = (common.load_problems(folder, s, allow_code=SANDBOX) for s in ("train", "test"))
-    assert len({x["problem"] for x in train + test}) == len(train + test) == 5200
+    splits = "train", "validation", "test"
+    train, validation, test = (common.load_problems(folder, s, None, SANDBOX) for s in splits)
+    every = train + validation + test
+    assert len({x["problem"] for x in every}) == len(every) == 5200
     readings = [True] * 3, [False, True, True], [True, False, True], [True, True, False]
     for x in test[:4]:
         steps, rng, programs = steps_of(x["problem"]), random.Random(0), []

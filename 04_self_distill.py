@@ -182,16 +182,16 @@ def check(teacher, head, tokenizer, parts, taught, args):
         revised = sample(teacher, prefixes, seeds, **sampling(args))
         texts = [tokenizer.decode(y, skip_special_tokens=True) for y in revised]
         counts.append(sum(reward for reward, _, _ in verify_all(rows, texts)))
-    for part, told in zip(parts, taught):
+    for part, hidden_t in zip(parts, taught):
         of_token = [(y, x["reward"]) for x in part for y in x["response_ids"]]
         y, r = torch.tensor(of_token, device=teacher.device).reshape(-1, 2).long().T  # [N], [N]
         log_p = log_probs(head, hidden_after("generator", part, teacher), y)
         sure = (r == 1) & (log_p.exp() > SURE)
         known += sure.sum().item()
-        doubted += (sure & (log_probs(head, told.to(y.device), y) < log_p - DOUBT)).sum().item()
+        log_t = log_probs(head, hidden_t.to(y.device), y)
+        doubted += (sure & (log_t < log_p - DOUBT)).sum().item()
     n, right, truth, opposite, known, doubted = map(sum, zip(*all_ranks([*counts, known, doubted])))
-    said = f"right: {right / n:.0%}; the reviser, told the truth: {truth / n:.0%}, "
-    tqdm.write(said + f"the opposite: {opposite / n:.0%}")
+    tqdm.write(f"right: {right / n:.0%}; revised: {truth / n:.0%}, told a lie: {opposite / n:.0%}")
     tqdm.write(f"of {known:,} sure and right tokens it doubts {doubted / max(1, known):.1%}")
     if truth - opposite < LISTENS * n:
         warn("the reviser hardly listens to P_r, so the reward adds little; more of phase 1?")

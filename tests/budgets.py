@@ -6,8 +6,8 @@ phase 1, of revisions and of demonstrations, too.
 
 Each method has three learning rates on validation problems, with seed 0 and SEARCHED answers; how
 much of them SD-Zero spends on phase 1 is chosen there, too, at the middle rate: two tries more. Its
-budgets are met to 4%, but for the least, which phase 1 makes 1,140. Where a method
-allows it a curve is one training, looked at on its way; RFT and SDFT train once for each budget.
+budgets are met to 6%, but for the least, which phase 1 makes 1,140. Where a method allows it a
+curve is one training, looked at on its way; RFT and SDFT train once for each budget.
 
     python tests/budgets.py --regimes obedient --seeds 3      # goes on where it stopped; hours
 """
@@ -94,9 +94,8 @@ def train(name, at, budgets):
                     ends = sorted({max(1, round((b - before) / 256)) * 4 for b in budgets})
                     at["steps"] = ends[-1] + 1  # so that the last is saved, too
                     keep_students(module, ends)
-            module.main(
-                [*shlex.split(command.format(**at))[1:], *(longer if script[1] != "2" else [])]
-            )
+            flags = shlex.split(command.format(**at))[1:]
+            module.main(flags if script.startswith("02") else flags + longer)
     if name == "rft":
         return [(count(at["S"], "responses.jsonl")[0], at["O"] / "srt")]
     if name == "sdft":
@@ -134,22 +133,26 @@ def look(folder, problems, seed):
 
 def searched(regime, name, choice, out):
     found = curve(regime, name, choice, 0, (SEARCHED,), "validation", out)
-    return regime, name, choice, found[-1]["accuracy"]
+    return found[-1]["accuracy"]
 
 
-def final(regime, name, choice, seed, out):
-    return regime, name, choice, seed, curve(regime, name, choice, seed, BUDGETS, "test", out)
+def key(choice):
+    return f"{choice[0]:g}, {choice[1]}"
+
+
+def read(path):
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def file_json(path, value):
     common.write_whole(path, json.dumps(value, indent=1) + "\n")
+    print(f"{path.stem}: {value}", flush=True)
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument(
-        "--regimes", nargs="+", default=["obedient", "long"], choices=["obedient", "long"]
-    )
+    both = ["obedient", "long"]
+    p.add_argument("--regimes", nargs="+", default=both, choices=both)
     p.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each")
@@ -160,34 +163,28 @@ def main(argv=None):
     os.chdir(ROOT)
     args.filed.mkdir(parents=True, exist_ok=True)
     wanted = [(regime, name) for regime in args.regimes for name in args.methods]
+    searches = {pair: args.filed / "search-{}_{}.json".format(*pair) for pair in wanted}
     how = args.jobs, get_context("spawn"), torch.set_num_threads, (1,)
     with ProcessPoolExecutor(*how) as pool:
         todo = []
-        for regime, name in wanted:
-            path = args.filed / f"search-{regime}_{name}.json"
-            known = json.loads(path.read_text()) if path.exists() else {}
-            for choice in choices(name):
-                label = f"{choice[0]:g}, {choice[1]}"
-                if label not in known:
-                    todo.append(pool.submit(searched, regime, name, choice, out))
-        for future in todo:
-            regime, name, choice, accuracy = future.result()
-            path = args.filed / f"search-{regime}_{name}.json"
-            known = json.loads(path.read_text()) if path.exists() else {}
-            file_json(path, {**known, f"{choice[0]:g}, {choice[1]}": accuracy})
-            print(f"{regime} {name} {choice}: {accuracy:.3f}", flush=True)
+        for pair, path in searches.items():
+            for choice in choices(pair[1]):
+                if key(choice) not in read(path):
+                    todo.append((path, choice, pool.submit(searched, *pair, choice, out)))
+        for path, choice, future in todo:
+            file_json(path, read(path) | {key(choice): future.result()})
         todo = []
-        for regime, name in wanted:
-            known = json.loads((args.filed / f"search-{regime}_{name}.json").read_text())
-            best = max(choices(name), key=lambda c: known[f"{c[0]:g}, {c[1]}"])
+        for pair, path in searches.items():
+            found = {choice: read(path)[key(choice)] for choice in choices(pair[1])}
+            best = max(found, key=found.get)
             for seed in range(args.seeds):
-                if not (args.filed / f"{regime}_{name}-{seed}.json").exists():
-                    todo.append(pool.submit(final, regime, name, best, seed, out))
-        for future in todo:
-            regime, name, choice, seed, found = future.result()
-            rate = {"rate": choice[0]} | ({"phase_1": choice[1]} if name == "sd_zero" else {})
-            file_json(args.filed / f"{regime}_{name}-{seed}.json", {**rate, "curve": found})
-            print(f"{regime} {name} seed {seed}: {found}", flush=True)
+                path = args.filed / "{}_{}-{}.json".format(*pair, seed)
+                if not path.exists():
+                    run = pool.submit(curve, *pair, best, seed, BUDGETS, "test", out)
+                    todo.append((path, best, run))
+        for path, best, future in todo:
+            rate = {"rate": best[0]} | ({"phase_1": best[1]} if "sd_zero" in path.stem else {})
+            file_json(path, {**rate, "curve": future.result()})
 
 
 if __name__ == "__main__":

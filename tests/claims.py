@@ -183,6 +183,9 @@ def run_all(methods, seeds, filed, out, jobs, miniature):
     filed.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     what = methods, filed, out, miniature
+    left = [f"{m}-{seed}" for seed in range(seeds) for m in methods]
+    left = sum(not (filed / f"{name}.json").exists() for name in left)
+    print(f"{left} runs to make, of 3 to 12 minutes each, {jobs} at a time")
     failed = file_what_is_missing(None, *what)
     with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         todo = [pool.submit(file_what_is_missing, seed, *what) for seed in range(seeds)]

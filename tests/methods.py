@@ -43,10 +43,6 @@ RFT = [*FOUR_EACH, "03_revise_sft.py --lr {rft} --out {O}"]
 SDFT = [*FOUR_EACH, "04_self_distill.py --start base --lr {sdft} --steps {steps} --out {O}"]
 
 
-def with_flags(commands, flags):
-    return [*commands[:-1], commands[-1] + flags]
-
-
 def lasting(commands, steps):
     return [c.replace("{steps}", str(steps)) for c in commands]
 
@@ -55,8 +51,9 @@ def revised(label, patch):
     return Method(label, REVISE, "srt", patch=patch)
 
 
-def distilled(label, flags="", patch=None):
-    return Method(label, with_flags(DISTILL, flags), "sd_zero", patch=patch)
+def distilled(label, flags="", patch=None, **constants):
+    commands = [*DISTILL[:-1], DISTILL[-1] + flags]
+    return Method(label, commands, "sd_zero", patch=patch, constants=constants)
 
 
 METHODS = {
@@ -124,37 +121,24 @@ for regime in ("obedient", "unasked"):
         method = METHODS[name if name in METHODS else "no_srt"]
         METHODS[f"{regime}_{name}"] = in_regime(regime, replace(method, label=label, patch=patch))
 
-# what may keep phase 2 stable: its label, flags, patch, the patch's constants
-STABLE = """
-sd_zero    | as in the paper                                        |
-half_rate  | at half the rate, 1e-4                                 |
-twice      | after twice the problems in phase 1                    |
-forward    | forward KL                                             | --kl forward
-mixed      | mixed KL                                               | --kl mixed
-clip       | KL of a token clipped at 1 nat                         | | clip
-anchor     | + 0.1 KL(student ‖ start)                              | | anchor
-mask       | mask: only tokens where telling matters                | | mask
-gate       | gate: elsewhere the frozen generator is the target     | | gate
-contrast   | the generator + 4 (T_true − T_other), up to 2 nats     | | contrast
-wrong_kl   | KL of wrong answers, policy gradient of right ones     | | wrong_kl
-ema_1      | the teacher follows, 1% a step                         | | ema      | EMA=0.01
-ema_5      | the teacher follows, 5% a step                         | | ema      | EMA=0.05
-refresh    | the teacher renewed every 10 steps, if it is safe      | | refresh
-"""
-
-
-def stable(line):
-    """(name, the method) of a line of STABLE"""
-    name, label, flags, patch, constant = ([x.strip() for x in line.split("|")] + 2 * [""])[:5]
-    method = distilled(label, f" {flags}" * bool(flags), patch or None)
-    if name == "half_rate":
-        method.commands = [c.replace("{sd_zero}", "1e-4") for c in method.commands]
-    if constant:
-        method.constants = {constant[:3]: float(constant[4:])}
-    return name, method
-
-
-STABLE = dict(stable(line) for line in STABLE.strip().splitlines())
+STABLE = {  # what may keep phase 2 stable; "twice" has another phase 1, see below
+    "sd_zero": distilled("as in the paper"),
+    "half_rate": distilled("at half the rate, 1e-4"),
+    "twice": distilled("after twice the problems in phase 1"),
+    "forward": distilled("forward KL", " --kl forward"),
+    "mixed": distilled("mixed KL", " --kl mixed"),
+    "clip": distilled("KL of a token clipped at 1 nat", patch="clip"),
+    "anchor": distilled("+ 0.1 KL(student ‖ start)", patch="anchor"),
+    "mask": distilled("mask: only tokens where telling matters", patch="mask"),
+    "gate": distilled("gate: elsewhere the frozen generator is the target", patch="gate"),
+    "contrast": distilled("the generator + 4 (T_true − T_other), up to 2 nats", patch="contrast"),
+    "wrong_kl": distilled("KL of wrong answers, policy gradient of right ones", patch="wrong_kl"),
+    "ema_1": distilled("the teacher follows, 1% a step", patch="ema", EMA=0.01),
+    "ema_5": distilled("the teacher follows, 5% a step", patch="ema", EMA=0.05),
+    "refresh": distilled("the teacher renewed every 10 steps, if it is safe", patch="refresh"),
+}
+half = STABLE["half_rate"]
+half.commands = [c.replace("{sd_zero}", "1e-4") for c in half.commands]
 METHODS["long_base"], METHODS["long_srt"] = (in_regime("long", METHODS[n]) for n in ("base", "srt"))
 for name, method in STABLE.items():
     METHODS[f"long_{name}"] = in_regime("long", method)

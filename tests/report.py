@@ -153,13 +153,14 @@ def claims_table(runs, claims, seeds):
     units = {"phrases": (1, 2, "phrases"), "mean_tokens": (1, 1, "tokens")}
     for claim, metric, more, less, text in claims:
         values = differences(runs, metric, more, less)
+        difference, verdict = "–", "not run"
         if judged := judge(values):
             mean, error, verdict = judged
             scale, digits, unit = units.get(metric, (100, 1, "points"))
             unit += f" ({len(values)} seeds)" if len(values) < seeds else ""
             digits += float(f"{scale * error:.{digits}f}") == 0  # "± 0.0" says nothing
             difference = f"{scale * mean:+.{digits}f} ± {scale * error:.{digits}f} {unit}"
-            lines.append(f"| {claim} | {text} | {difference} | **{verdict}** |")
+        lines.append(f"| {claim} | {text} | {difference} | **{verdict}** |")
     return lines
 
 
@@ -215,12 +216,18 @@ def budget_lines(filed):
     for name, curves in read_budgets(filed).items():
         cells = [mean_se(of, True) for of in zip(*(accuracy for _, accuracy in curves))]
         tried = json.loads((Path(filed) / f"budgets/search-obedient_{name}.json").read_text())
-        tried = [f"{choice} → {100 * a:.1f}" for choice, a in tried.items()]
-        tried = ("; " if name == "sd_zero" else ", ").join(
-            t if name == "sd_zero" else t.replace(", 200", "") for t in tried
-        )
+        tried = "; ".join(f"{choice} → {100 * a:.1f}" for choice, a in tried.items())
         lines.append(f"| {CURVES[name][1]} | {len(curves)} | {' | '.join(cells)} | {tried} |")
-    return lines if len(lines) > 4 else []
+    lines += [
+        "",
+        "Tried: learning rate, problems of SD-Zero's phase 1 → right, %. On *long*, the same:",
+    ]
+    for path in sorted((Path(filed) / "budgets").glob("search-long_*.json")):
+        tried = json.loads(path.read_text()).items()
+        lines[-1] += f" {path.stem.partition('_')[2]} " + "; ".join(
+            f"{c} → {a:.1%}" for c, a in tried
+        )
+    return lines
 
 
 def stable_lines(filed, runs):
@@ -240,14 +247,18 @@ def stable_lines(filed, runs):
         curves = [run["training"]["accuracy"] for run in own]
         if not curves and path.exists():
             curves = [json.loads(path.read_text())["training"]["accuracy"]]
-        if curves:
-            parts = [[c[a - 1 : b] for c in curves if len(c) >= b] for a, b in WINDOWS]
-            cells = [mean_se([np.mean(c) for c in part], True) for part in parts]
-            others = [runs.get(f"{d}_{name}", {}).values() for d in ("obedient", "code")]
-            others = [mean_se([run["metrics"]["accuracy"] for run in of], True) for of in others]
-            cells += [end_cells(own), *others]
-            lines.append(f"| {method.label} | {' | '.join(cells)} |")
+        cells = [mean_se(window(curves, *steps), True) for steps in WINDOWS] + [end_cells(own)]
+        for domain in ("obedient", "code"):
+            others = runs.get(f"{domain}_{name}", {}).values()
+            cells.append(mean_se([run["metrics"]["accuracy"] for run in others], True))
+        label = method.label + (": not run" if not curves else "")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
     return lines
+
+
+def window(curves, first, last):
+    """Means of these steps, a value a curve that has them."""
+    return [np.mean(curve[first - 1 : last]) for curve in curves if len(curve) >= last]
 
 
 def end_cells(own):

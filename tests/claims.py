@@ -51,7 +51,8 @@ def places(name, seed, out, rates):
     domain = METHODS[name].domain
     S = out / f"{domain}{'_' if domain else ''}seed{seed}"
     own = name + (f"-{rates[name]}" if name in rates else "")
-    return {"S": S, "P": S / f"srt-{rates.get('srt')}", "O": S / own, "seed": seed, **rates}
+    made = {"S": S, "P": S / f"srt-{rates.get('srt')}", "O": S / own}
+    return {**made, "seed": seed, "n": METHODS[name].n, **rates}
 
 
 def run(name, seed, out, rates, split="test", miniature=False):

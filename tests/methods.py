@@ -21,15 +21,16 @@ class Method:
     sampled: tuple = ("responses.jsonl", "revisions.jsonl", "srt", "sd_zero")  # for it, if there
     domain: str = ""  # a key of DOMAINS
     constants: dict = field(default_factory=dict)  # of the patch, set to other values
+    n: int = 4  # answers to a test problem
 
 
 LONGER = " --max-new-tokens 480"  # answers of seven steps
 DOMAINS = {  # problems of phase 1, what they and the base are, steps of phase 2, flags of 05
-    "": (1500, "--model data/truthful/base", 50, " --limit 400 --n 4"),
-    "code": (1500, "--data data/code", 50, " --limit 400 --n 4 --allow-code"),
-    "obedient": (800, "--model data/obedient/base", 40, " --limit 400 --n 1"),
-    "unasked": (800, "--model data/unasked/base", 40, " --limit 400 --n 1"),
-    "long": (800, "--data data/long", 40, " --limit 400 --n 1" + LONGER),
+    "": (1500, "--model data/truthful/base", 50, " --limit 400 --n {n}"),
+    "code": (1500, "--data data/code", 50, " --limit 400 --n {n} --allow-code"),
+    "obedient": (800, "--model data/obedient/base", 40, " --limit 400 --n {n}"),
+    "unasked": (800, "--model data/unasked/base", 40, " --limit 400 --n {n}"),
+    "long": (800, "--data data/long", 40, " --limit 400 --n {n}" + LONGER),
 }
 ANSWER = ["01_generate.py --out {S} --seed {seed} --limit {limit} {data}", "02_verify.py --out {S}"]
 PHASE_1 = [*ANSWER, "03_revise_sft.py --from {S} --out {P} --lr {srt}"]
@@ -112,7 +113,8 @@ def in_regime(regime, method):
     commands = [c.replace("{sd_zero}", "2e-4").replace(" --lr {srt}", "") for c in method.commands]
     if regime == "long":
         commands = [c + LONGER * ("02_" not in c) for c in commands]
-    return replace(method, label=f"{regime}, {method.label}", commands=commands, domain=regime)
+    label = f"{regime}, {method.label}"
+    return replace(method, label=label, commands=commands, domain=regime, n=1)
 
 
 # with base and SRT as levels: all but the teacher of phase 2 is told the truth, 02, 03 and 05, too
@@ -148,6 +150,22 @@ for regime in ("long", "obedient", "code"):  # another phase 1 than that of all 
     twice = METHODS[f"{regime}_twice"]
     commands = [c.replace("{S}", "{O}/01").replace("{P}", "{O}/03") for c in twice.commands]
     twice.commands = [c.replace("{limit}", str(2 * DOMAINS[regime][0])) for c in commands]
+
+# C1 to C10 once more on the obedient base: about 5,490 answers for each, rates of tests/budgets.py
+SIZES = {
+    "rft": {"2080": "1370", "{rft}": "8e-4"},
+    "sdft": {"1280": "730", "{sdft}": "4e-4"},
+    "grpo": {"130": "86", "{grpo}": "2e-4"},
+    "no_srt_long": {"130": "86"},
+    "long": {"150": "120"},  # three rounds
+}
+AGAIN = "rft sdft grpo no_srt_long generation_only revision_only unfiltered rounds_2 rounds_3 long"
+for name in f"{AGAIN} neutral inverted".split():
+    method = METHODS[f"obedient_{name}"] = in_regime("obedient", METHODS[name])
+    for mark, value in SIZES.get(name, {}).items():
+        method.commands = [c.replace(mark, value) for c in method.commands]
+for name in ("base", "srt", "sd_zero"):
+    METHODS[f"obedient_{name}"].n = 4  # for pass@k
 
 for method in METHODS.values():
     limit, data, steps, _ = DOMAINS[method.domain]
@@ -205,5 +223,12 @@ bit | accuracy | unasked_srt > unasked_base | unasked: phase 1 is better than th
 bit | accuracy | unasked_true > unasked_base | unasked: phase 2, told the truth, learns
 bit | accuracy | unasked_true > unasked_one | unasked: the truth is better than one P_r for both
 bit | accuracy | unasked_one > unasked_opposite | unasked: one P_r is better than the opposite
+stable | accuracy | code_gate > code_sd_zero | functions: the gate is better than the paper's
+stable | accuracy | code_clip > code_sd_zero | functions: the clip is better than the paper's
 """
 CLAIMS = [re.split(r" \| | > ", line) for line in CLAIMS.strip().splitlines()]
+for claim, metric, more, less, says in CLAIMS[:]:  # the first domain's, on the obedient base
+    if METHODS[more].domain == "":
+        less = "true" if less == "no_srt" else less
+        pair = f"obedient_{more}", f"obedient_{less}"
+        CLAIMS.append([claim, metric, *pair, f"obedient: {says}"])

@@ -28,9 +28,10 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import analyses  # noqa: E402
-import report  # noqa: E402
 from conftest import MINI, ROOT, common, load, rows_of  # noqa: E402
+
+import analyses  # noqa: E402, of data/claims
+import report  # noqa: E402
 from methods import CLAIMS, DOMAINS, METHODS  # noqa: E402
 
 FILED = ROOT / "data/claims"
@@ -198,7 +199,7 @@ def run_all(methods, seeds, filed, out, jobs, miniature):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--seeds", type=int, default=3, help="so many, from 0; 0: only write the tables")
-    p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="seeds at a time")
     p.add_argument("--out", type=Path, default=Path("runs/claims"), help="a folder per seed below")
     p.add_argument("--check", action="store_true", help="run nothing; compare with what is filed")

@@ -44,6 +44,7 @@ def main():
     apart = sum(len(lines(path)) for path in APART)
     stages = sum((lines(path) for path in STAGES), [])
     tests = [len(lines(path)) for path in (ROOT / "tests").glob("*.py")]
+    claims = [len(lines(path)) for path in (ROOT / "data/claims").glob("*.py")]
     rows = [
         ("the six files at the top", len(lines(common)) + len(stages), 1939),
         ("04_self_distill.py", len(lines(STAGES[3])), 290),
@@ -54,6 +55,7 @@ def main():
         (f"longest function, {longest[1]}", longest[0], 80),
         ("flags", len(flags()), 44),
         ("tests/", sum(tests), 4000),
+        ("the claims' experiments, data/claims/", sum(claims), 1300),
         ("README.md, lines", len(readme), 220),
         ("README.md, columns", max(map(len, readme)), 100),
     ]

@@ -89,10 +89,28 @@ def test_a_choice_is_the_first_digit_that_tells_the_readings_apart(tokenizer):
     row = {"problem": problem, "response": text, "response_ids": tokenizer(text)["input_ids"]}
     found = outcomes.choices(row, digits.EDITS, tokenizer)  # of "drop the ends" no digit tells
     decode, ids = tokenizer.decode, row["response_ids"]
-    said = [(edit, right, decode([r]), decode([w])) for edit, right, _, r, w in found]
+    said = [(what, right, decode([r]), decode(w)) for what, right, _, r, w in found if len(w) == 1]
     assert said == [("reverse", False, "1", "7"), ("rotate left", True, "5", "1")]
-    befores = [decode(ids[:at]) for _, _, at, _, _ in found]
+    befores = [decode(ids[:at]) for _, _, at, _, w in found if len(w) == 1]
     assert befores == ["reverse: 2", text[: text.index("517\n")]]
+
+
+def test_which_edit_comes_next_is_the_first_word_of_a_line_and_the_end_is_the_box(tokenizer):
+    problem = "Start with 37512: reverse, then swap pairs, then sort up. What number results?"
+    for lines, expected in (
+        (["reverse: 21573", "swap pairs: 12753", "sort up: 12357", "\\boxed{12357}"], "1111"),
+        (["reverse: 21573", "swap the ends: 31572", "sort up: 12357"], "11"),  # then it is astray
+        (["Take 37512 and rotate left, which gives 75123."], "0"),
+        (["reverse: 21573", "\\boxed{21573}"], "10"),
+    ):
+        text = "\n".join(lines)
+        row = {"problem": problem, "response": text, "response_ids": tokenizer(text)["input_ids"]}
+        found = outcomes.choices(row, digits.EDITS, tokenizer)
+        next_ones = [choice for choice in found if len(choice[4]) > 1]
+        assert "".join(str(int(right)) for _, right, _, _, _ in next_ones) == expected
+        assert [what for what, *_ in next_ones[3:]] == ["the end"] * (len(next_ones) > 3)
+        for _, right, at, r, w in next_ones:
+            assert (row["response_ids"][at] == r) == right and r not in w
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from conftest import ROOT, filled_in
-from methods import STABLE
+from methods import AGAIN, STABLE, on_obedient
 
 CORE = ["base", "rft", "grpo", "sdft", "srt", "sd_zero"]
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's, two-sided
@@ -147,21 +147,32 @@ def long_table(runs):
     return lines
 
 
-def claims_table(runs, claims, seeds):
-    """Markdown lines: a row a claim."""
-    lines = ["| | claim | difference | verdict |", "|---|---|--:|---|"]
+def verdict_of(runs, seeds, metric, more, less):
+    """ "difference, unit | verdict" of a claim."""
+    values = differences(runs, metric, more, less)
+    if not (judged := judge(values)):
+        return "– | not run"
+    mean, error, verdict = judged
     units = {"phrases": (1, 2, "phrases"), "mean_tokens": (1, 1, "tokens")}
+    scale, digits, unit = units.get(metric, (100, 1, "points"))
+    unit += f" ({len(values)} seeds)" if len(values) < seeds else ""
+    digits += float(f"{scale * error:.{digits}f}") == 0  # "± 0.0" says nothing
+    return f"{scale * mean:+.{digits}f} ± {scale * error:.{digits}f} {unit} | **{verdict}**"
+
+
+def claims_tables(runs, methods, claims, seeds):
+    """Markdown lines: a row a claim; those about the first domain are judged on both bases."""
+    first = ["| | claim | truthful base | verdict | obedient base | verdict |"]
+    first.append("|---|---|--:|---|--:|---|")
+    other = ["| | claim | difference | verdict |", "|---|---|--:|---|"]
     for claim, metric, more, less, text in claims:
-        values = differences(runs, metric, more, less)
-        difference, verdict = "–", "not run"
-        if judged := judge(values):
-            mean, error, verdict = judged
-            scale, digits, unit = units.get(metric, (100, 1, "points"))
-            unit += f" ({len(values)} seeds)" if len(values) < seeds else ""
-            digits += float(f"{scale * error:.{digits}f}") == 0  # "± 0.0" says nothing
-            difference = f"{scale * mean:+.{digits}f} ± {scale * error:.{digits}f} {unit}"
-        lines.append(f"| {claim} | {text} | {difference} | **{verdict}** |")
-    return lines
+        cells = verdict_of(runs, seeds, metric, more, less)
+        if methods[more].domain:
+            other.append(f"| {claim} | {text} | {cells} |")
+            continue
+        again = verdict_of(runs, seeds, metric, on_obedient(more), on_obedient(less))
+        first.append(f"| {claim} | {text} | {cells} | {again} |")
+    return [*first, "", *other]
 
 
 def until(accuracy, level=0.95, batches=5):
@@ -198,7 +209,7 @@ def bit_lines(regime, names, runs, seeds):
 
 
 def read_budgets(filed, regime="obedient"):
-    """{method: its curves, each [answers], [accuracy]} of tests/budgets.py, in CURVES' order."""
+    """{method: its curves, each [answers], [accuracy]} of budgets.py, in CURVES' order."""
     found = {}
     for name in CURVES:
         for path in sorted((Path(filed) / "budgets").glob(f"{regime}_{name}-[0-9].json")):
@@ -272,12 +283,12 @@ def end_cells(own):
 
 
 def outcome_lines(filed):
-    """Markdown lines: the two-outcome model (tests/outcomes.py), edit by edit."""
+    """Markdown lines: the two-outcome model (outcomes.py), edit by edit."""
     head = "n | p | T(R\\|R) | T(R\\|W) | drift foretold | came in 5 steps | in 20"
     keys = "n", "p", "T_R", "T_W", "foretold", "after_5", "after_20"
     details = ["", f"| told | edit | {head} |", "|---|---|" + "--:|" * len(keys)]
     lines = ["Log-odds of the right reading: drift foretold by answers of the base, and drift that"]
-    lines[-1] += " came (`tests/outcomes.py`, seed 0):"
+    lines[-1] += " came (`outcomes.py`, seed 0):"
     lines += ["", "| base, told | right signs, 5 steps | 20 | correlation, 5 steps | 20 |"]
     lines += ["|---|--:|--:|--:|--:|"]
     for path in sorted((Path(filed) / "outcomes").glob("*_*.json")):
@@ -372,7 +383,10 @@ def tables(filed, methods, claims):
     first = [*told_table(runs), "", *long_table(runs)]
     lines = [note, "", *table_of(core, runs, seeds)]
     titles = ("**The second domain**, short functions", code)
+    again = [f"obedient_{name}" for name in (*CORE, "true", *AGAIN)]
+    again = [name for name in dict.fromkeys(again) if name in runs]
     titles = titles, ("**Ablations**: SD-Zero with one thing changed", rest)
+    titles += (("**The obedient base**, about 5,490 answers a method; 40 steps a round", again),)
     for title, names in titles:
         lines += ["", title, "", *table_of(names, runs, seeds)] if names else []
     for regime in REGIMES:
@@ -383,7 +397,7 @@ def tables(filed, methods, claims):
     astray = {name: [run["off_task"] for run in runs[name].values()] for name in code}
     astray = [f"`{name}` {mean_se(v, True)}" for name, v in astray.items() if None not in v]
     lines += ["", f"Programs off their task, %: {', '.join(astray)}.", ""] if astray else [""]
-    lines += claims_table(runs, claims, seeds)
+    lines += claims_tables(runs, methods, claims, seeds)
     reached = []
     for name in methods:
         own = [

@@ -9,7 +9,7 @@ much of them SD-Zero spends on phase 1 is chosen there, too, at the middle rate:
 budgets are met to 6%, but for the least, which phase 1 makes 1,140. Where a method allows it a
 curve is one training, looked at on its way; RFT and SDFT train once for each budget.
 
-    python tests/budgets.py --regimes obedient --seeds 3      # goes on where it stopped; hours
+    python data/claims/budgets.py --regimes obedient --seeds 3    # goes on where it stopped; hours
 """
 
 import argparse
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 from claims import FILED, count, patched_stage  # noqa: E402
 from conftest import ROOT, common, load  # noqa: E402
 from methods import DOMAINS, LONGER  # noqa: E402

@@ -151,7 +151,7 @@ for regime in ("long", "obedient", "code"):  # another phase 1 than that of all 
     commands = [c.replace("{S}", "{O}/01").replace("{P}", "{O}/03") for c in twice.commands]
     twice.commands = [c.replace("{limit}", str(2 * DOMAINS[regime][0])) for c in commands]
 
-# C1 to C10 once more on the obedient base: about 5,490 answers for each, rates of tests/budgets.py
+# C1 to C10 once more on the obedient base: about 5,490 answers for each, rates of budgets.py
 SIZES = {
     "rft": {"2080": "1370", "{rft}": "8e-4"},
     "sdft": {"1280": "730", "{sdft}": "4e-4"},
@@ -159,13 +159,15 @@ SIZES = {
     "no_srt_long": {"130": "86"},
     "long": {"150": "120"},  # three rounds
 }
-AGAIN = "rft sdft grpo no_srt_long generation_only revision_only unfiltered rounds_2 rounds_3 long"
-for name in f"{AGAIN} neutral inverted".split():
+AGAIN = "rft sdft grpo no_srt_long generation_only revision_only unfiltered rounds_2 rounds_3"
+AGAIN = [*AGAIN.split(), "long", "neutral", "inverted"]
+for name in AGAIN:
     method = METHODS[f"obedient_{name}"] = in_regime("obedient", METHODS[name])
     for mark, value in SIZES.get(name, {}).items():
         method.commands = [c.replace(mark, value) for c in method.commands]
 for name in ("base", "srt", "sd_zero"):
     METHODS[f"obedient_{name}"].n = 4  # for pass@k
+METHODS["obedient_sd_zero"].label = "obedient, SD-Zero: phases 1 and 2"
 
 for method in METHODS.values():
     limit, data, steps, _ = DOMAINS[method.domain]
@@ -227,8 +229,8 @@ stable | accuracy | code_gate > code_sd_zero | functions: the gate is better tha
 stable | accuracy | code_clip > code_sd_zero | functions: the clip is better than the paper's
 """
 CLAIMS = [re.split(r" \| | > ", line) for line in CLAIMS.strip().splitlines()]
-for claim, metric, more, less, says in CLAIMS[:]:  # the first domain's, on the obedient base
-    if METHODS[more].domain == "":
-        less = "true" if less == "no_srt" else less
-        pair = f"obedient_{more}", f"obedient_{less}"
-        CLAIMS.append([claim, metric, *pair, f"obedient: {says}"])
+
+
+def on_obedient(name):
+    """The method on the obedient base, where a claim about the first domain is judged once more."""
+    return f"obedient_{ {'no_srt': 'true'}.get(name, name) }"

@@ -1,25 +1,28 @@
-"""The two-outcome model of phase 2, tested: where a reading is chosen, does what one batch of
-answers shows before training foretell what training does?
+"""The two-outcome model of phase 2, tested: where an answer can go right (R) or wrong (W), does
+what one batch of answers shows before training foretell what training does?
 
-A problem's edit is read rightly (R) or by the usual mistake (W). At the first digit that tells them
-apart, in answers y of the base: z = log π(R) − log π(W) given x, y_<t, and T, the same of the
-teacher, which has read y: T(R|R) where y went right, T(R|W) where it went wrong. At fixed answers
-reverse KL pulls z to the mean of T over them. So the drift foretold is mean(T) − mean(z), edit by
-edit; the drift that came is the change of mean(z), on the same answers, after 5 and 20 steps.
+It can at three kinds of tokens: the first digit that tells the right reading of an edit from the
+usual mistake; the first word of a line, which says which edit comes next; and, after the last edit,
+the box that ends the attempt, or one more edit. There, in answers y of the student at its start,
+z = log π(R) − log π(W) given x, y_<t, and T, the same of the teacher, which has read y: T(R|R)
+where y went right, T(R|W) where it went wrong. At fixed answers reverse KL pulls z to the mean of T
+over them. So the drift foretold is mean(T) − mean(z), choice by choice; the drift that came is the
+change of mean(z), on the same answers, after 5 and 20 steps. On *long* phase 2 starts from SRT.
 
-    data/claims/outcomes/REGIME_TOLD.json   {edit: {n, p, z, T_R, T_W, foretold, after_5, after_20}}
-    data/claims/outcomes/doubts.json        {base or SRT: {edits a problem: {what was read: share}}}
+    outcomes/REGIME_TOLD.json   {choice: {n, p, z, T_R, T_W, foretold, after_5, after_20}}
+    outcomes/doubts.json        {base or SRT: {edits a problem: {what was read: share}}}
 
 The second file is about the long base. Of the tokens of right answers that the generator is sure of
 it has the share that the reviser doubts (04's check), by the length of problems: does it come from
 two copies of an answer in one text, from phase 1, or from revisions that are longer than those that
 the base has read (its texts have 480 tokens: a second attempt at seven edits rarely fits)?
 
-    python tests/outcomes.py    # after claims.py: it needs its runs of seed 0; minutes
+    python data/claims/outcomes.py    # after claims.py: it needs its runs of seed 0; minutes
 """
 
 import json
 import random
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,25 +30,49 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 import analyses  # noqa: E402
 from claims import FILED  # noqa: E402
 from conftest import ROOT, common, load  # noqa: E402
-from methods import BIT  # noqa: E402
+from methods import BIT, LONGER  # noqa: E402
 
-STEPS, ANSWERS = (5, 20), 256
+STEPS, ANSWERS, BOX = (5, 20), 256, "\\boxed"
 
 
 def choices(row, edits, tokenizer):
-    """[(edit, did y read it rightly?, place of the token that says so, its id for R, and for W)]"""
+    """[(choice, did y go right?, place of the token that says so, its id for R, its ids for W)] of
+    the first attempt: how an edit is read, and see next_edits()."""
     ends = np.cumsum([len(tokenizer.decode([t])) for t in row["response_ids"]])
-    found = []
+    found = next_edits(row, edits, tokenizer, ends)
     for name, right, usual, stated in analyses.lines_of(row, edits):
         at = next((i for i, (a, b) in enumerate(zip(right, usual)) if a != b), None)
         if at is not None and stated[0] in (right, usual):
             place = int(np.searchsorted(ends, stated.start() + at, "right"))
-            ids = (tokenizer.convert_tokens_to_ids(reading[at]) for reading in (right, usual))
-            found.append((name, stated[0] == right, place, *ids))
+            r, w = (tokenizer.convert_tokens_to_ids(reading[at]) for reading in (right, usual))
+            found.append((name, stated[0] == right, place, r, [w]))
+    return found
+
+
+def next_edits(row, edits, tokenizer, ends):
+    """The same of which edit comes next, by its first word, and of the box after the last."""
+    asked = re.match(r"Start with \d+: (.*?)\.", row["problem"])[1].split(", then ")
+    words, found, at = {name.split()[0] for name in edits}, [], 0
+    for step, name in enumerate([*asked, BOX], 1):
+        said = re.compile(r"(Take \d+ and )?([a-z ]+|\\boxed)").match(row["response"], at)
+        if not said:
+            break
+        space = " " if said[1] else ""  # which the token has with it
+        ids = {word: tokenizer(space + word)["input_ids"][0] for word in words}
+        ids |= {} if said[1] else {BOX: tokenizer(BOX)["input_ids"][0]}
+        r = ids.pop(name.split()[0], None)
+        place = int(np.searchsorted(ends, said.start(2), "right"))
+        if r is not None:
+            what = "the end" if name == BOX else f"edit {step}"
+            right = said[2].split()[0] == name.split()[0]
+            found.append((what, right, place, r, [*ids.values()]))
+        at = row["response"].find("\n", at) + 1
+        if said[2] != name or not at:
+            break
     return found
 
 
@@ -55,18 +82,22 @@ def log_odds(stage, model, rows, prefix, chosen):
     found, head = [], model.get_output_embeddings()
     for row, choices_of_row in zip(rows, chosen):
         logits = head(stage.hidden_after(prefix, [row], model))  # [N, V]
-        found += [(logits[at, r] - logits[at, w]).item() for _, _, at, r, w in choices_of_row]
+        for _, _, at, r, w in choices_of_row:
+            found.append((logits[at, r] - logits[at, w].logsumexp(0)).item())
     return np.array(found)
 
 
 def outcomes(regime, told, out):
     """What is filed of a regime and a teacher."""
-    patch, run = BIT[told][1], out / f"{regime}_seed0"
-    stage, base = load("04_self_distill.py", patch), ROOT / f"data/{regime}/base"
+    stage, run, data = load("04_self_distill.py", BIT[told][1]), out / f"{regime}_seed0", "data"
+    start, base, flags = "base", ROOT / f"data/{regime}/base", ""
+    if regime == "long":
+        run, data, start, flags = next(run.glob("srt-*")), "data/long", "srt", LONGER
+        base = run / "srt"
     tokenizer, cpu = common.load_tokenizer(base), torch.device("cpu")
     model = common.load_model(base, tokenizer, cpu)
-    problems = common.load_problems(ROOT / "data", "validation", ANSWERS)
-    how = {"seed": 0, "max_new_tokens": 320, "temperature": 1.0, "top_p": 1.0, "batch_rows": 384}
+    problems = common.load_problems(ROOT / data, "validation", ANSWERS)
+    how = {"seed": 0, "max_new_tokens": 480, "temperature": 1.0, "top_p": 1.0, "batch_rows": 384}
     how = SimpleNamespace(p_r=common.P_R, out=run, **how)
     rows = stage.rollouts(model, tokenizer, problems, 0, how)
     edits = load("data/make_data.py").EDITS
@@ -75,20 +106,19 @@ def outcomes(regime, told, out):
     after = {}
     for steps in STEPS:
         own = run / f"{told}-{steps}-steps"
-        flags = f"--from {run} --out {own} --start base --lr 2e-4 --steps {steps}"
-        stage.main(flags.split())
+        said = f"--from {run} --out {own} --start {start} --lr 2e-4 --steps {steps}{flags}"
+        stage.main(said.split())
         student = common.load_model(own / "sd_zero", tokenizer, cpu)
         after[f"after_{steps}"] = log_odds(stage, student, rows, "generator", chosen) - z
     names, went_right = (np.array(x) for x in list(zip(*sum(chosen, [])))[:2])
     filed = {}
-    for edit in edits:
-        of = names == edit
-        if of.any():
-            r, w = of & went_right, of & ~went_right
-            means = {"p": went_right[of], "z": z[of], "T_R": T[r], "T_W": T[w]}
-            means |= {"foretold": (T - z)[of]} | {name: v[of] for name, v in after.items()}
-            means = {name: round(float(v.mean()), 3) for name, v in means.items() if len(v)}
-            filed[edit] = {"n": int(of.sum()), **means}
+    for what in sorted(set(names)):
+        of = names == what
+        r, w = of & went_right, of & ~went_right
+        means = {"p": went_right[of], "z": z[of], "T_R": T[r], "T_W": T[w]}
+        means |= {"foretold": (T - z)[of]} | {name: v[of] for name, v in after.items()}
+        means = {name: round(float(v.mean()), 3) for name, v in means.items() if len(v)}
+        filed[what] = {"n": int(of.sum()), **means}
     return filed
 
 
@@ -127,7 +157,7 @@ def doubts(folder, edits, problems=96):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for regime in ("obedient", "unasked"):
+    for regime in ("obedient", "unasked", "long"):
         for told in ("true", "one", "opposite"):
             path = FILED / f"outcomes/{regime}_{told}.json"
             path.parent.mkdir(exist_ok=True)

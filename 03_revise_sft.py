@@ -173,7 +173,7 @@ def main(argv=None):
     p.add_argument("--lr", type=float, help="peak; 5%% warm-up, then cosine")
     p.add_argument("--batch-size", type=int, help="tuples a step")
     p.add_argument("--micro-tokens", type=int, default=2048, help="tokens a forward pass, at most")
-    p.add_argument("--lora", type=int, metavar="R", help="adapter of rank R; try --lr 1e-4")
+    p.add_argument("--lora", type=int, metavar="R", help="adapter of rank R, at 1e-4")
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     p.add_argument("--save-every", type=int, default=20, help="steps between states to go on from")
     args = parse(p, argv)

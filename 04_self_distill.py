@@ -227,7 +227,7 @@ def flags():
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     either = p.add_mutually_exclusive_group()  # an adapter's teacher is no other model
     either.add_argument("--offload-teacher", action="store_true", help="to the CPU, in between")
-    either.add_argument("--lora", type=int, metavar="R", help="adapter of rank R; try --lr 1e-4")
+    either.add_argument("--lora", type=int, metavar="R", help="adapter of rank R, at 1e-4")
     p.add_argument("--save-every", type=int, default=10, help="steps between saves")
     return p
 

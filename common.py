@@ -239,9 +239,7 @@ def arguments(stage, doc):
     p.set_defaults(stage=stage)
     g = p.add_argument_group("the run (what its stages share is said once, to 01)")
     g.add_argument("--out", default="runs/demo", type=Path, help="the run's folder")
-    g.add_argument(
-        "--model", help="chat model: folder or hub id (default: the base of --data, or ours)"
-    )
+    g.add_argument("--model", help="chat model: folder or hub id (default: --data's base, or ours)")
     g.add_argument("--data", help="problems: JSONL file, folder with SPLIT.jsonl, or hub id")
     g.add_argument("--seed", type=int, help="of all sampling and shuffling (default: 0)")
     g.add_argument("--p-r-right", metavar="P_r", help=f"after a right answer (default: {P_R[1]})")
@@ -281,6 +279,8 @@ def parse(p, argv):
     args.run = open_run(args)
     settle(args)
     for name, (small, paper) in pairs.items():
+        if name == "lr" and args.lora:
+            paper = 1e-4  # an adapter learns nothing at a whole model's rate
         if getattr(args, name) is None:
             setattr(args, name, small if args.run["embedded"] else paper)
     for name, value in vars(args).items():

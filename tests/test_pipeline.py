@@ -350,7 +350,7 @@ def test_rewards_that_are_mostly_errors_end_a_stage(lab, stages, monkeypatch):
     assert "only in part" in lab.refused(3)
 
 
-def test_another_model_brings_the_papers_numbers(tmp_path):
+def test_another_model_brings_the_papers_numbers(stages, tmp_path):
     base, code = str(BASE), str(ROOT / "data/code")
     for flags in ([], ["--model", base], ["--data", code], ["--model", "owner/name"]):
         p, embedded = common.arguments("01", ""), "owner/name" not in flags
@@ -358,6 +358,9 @@ def test_another_model_brings_the_papers_numbers(tmp_path):
         args = common.parse(p, [*flags, "--out", str(tmp_path)])
         assert args.run["embedded"] == embedded == Path(args.model).is_dir()
         assert (args.limit, "OpenR1" in args.data) == ((400, False) if embedded else (10_000, True))
+    (tmp_path / "run.json").write_text(json.dumps(args.run))
+    for flags, lr in ([], 5e-6), (["--lora", "4"], 1e-4), (["--lora", "4", "--lr", "1"], 1):
+        assert common.parse(stages[4].flags(), [*flags, "--out", str(tmp_path)]).lr == lr
 
 
 def test_help_shows_both_defaults_and_every_flag_of_the_readmes_commands(stages, capsys):

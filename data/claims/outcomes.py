@@ -11,11 +11,14 @@ change of mean(z), on the same answers, after 5 and 20 steps. On *long* phase 2 
 
     outcomes/REGIME_TOLD.json   {choice: {n, p, z, T_R, T_W, foretold, after_5, after_20}}
     outcomes/doubts.json        {base or SRT: {edits a problem: {what was read: share}}}
+    outcomes/pointing.json      {regime: {answers, kl_on_it, kl_by_line_end, chance}}
 
 The second file is about the long base. Of the tokens of right answers that the generator is sure of
 it has the share that the reviser doubts (04's check), by the length of problems: does it come from
 two copies of an answer in one text, from phase 1, or from revisions that are longer than those that
-the base has read (its texts have 480 tokens: a second attempt at seven edits rarely fits)?
+the base has read (its texts have 480 tokens: a second attempt at seven edits rarely fits)? The
+third: in wrong answers of SRT, is the token at which telling the truth changes most, by
+KL(told the truth ‖ told the opposite), the first wrong digit?
 
     python data/claims/outcomes.py    # after claims.py: it needs its runs of seed 0; minutes
 """
@@ -33,7 +36,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 import analyses  # noqa: E402
 from claims import FILED  # noqa: E402
-from conftest import ROOT, common, load  # noqa: E402
+from conftest import ROOT, common, completion_logits, load, rows_of  # noqa: E402
 from methods import BIT, LONGER  # noqa: E402
 
 STEPS, ANSWERS, BOX = (5, 20), 256, "\\boxed"
@@ -155,6 +158,28 @@ def doubts(folder, edits, problems=96):
     return {"right answers": len(right), **found}
 
 
+@torch.no_grad()
+def pointing(regime, out):
+    """Where the KL of the truth against the opposite is largest, of three seeds' wrong answers."""
+    stage, found = load("04_self_distill.py"), []
+    for run in sorted(out.glob(f"{regime}_seed?")):
+        folder = next(run.glob("srt-*")) / "srt"
+        tokenizer = common.load_tokenizer(folder)
+        model = common.load_model(folder, tokenizer, torch.device("cpu"))
+        rows = rows_of(run / f"eval-test-{regime}_srt/eval.jsonl")
+        rows = [row for row in rows if row.get("kl") and not row["reward"]]
+        for row in rows:
+            y, both = row["response_ids"], []
+            for told in (0, 1):
+                prefix = common.revision_ids(tokenizer, row["problem"], y, told)
+                both.append(completion_logits(model, [prefix], [y]))
+            row["kl"] = stage.token_kl(*both).tolist()
+        found.append(analyses.mistakes(rows, tokenizer))
+    n = [seed["answers"] for seed in found]
+    hits = {key: [seed[key] for seed in found] for key in ("kl_on_it", "kl_by_line_end", "chance")}
+    return {"answers": sum(n), **{k: float(np.average(v, weights=n)) for k, v in hits.items()}}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for regime in ("obedient", "unasked", "long"):
@@ -169,4 +194,8 @@ if __name__ == "__main__":
         folders = {"base": ROOT / "data/long/base"}
         folders["SRT"] = next((ROOT / "runs/claims/long_seed0").glob("srt-*/srt"))
         filed = {name: {n: doubts(f, n) for n in (3, 5, 7)} for name, f in folders.items()}
+        common.write_whole(path, json.dumps(filed, indent=1) + "\n")
+    path = FILED / "outcomes/pointing.json"
+    if not path.exists():
+        filed = {regime: pointing(regime, ROOT / "runs/claims") for regime in ("obedient", "long")}
         common.write_whole(path, json.dumps(filed, indent=1) + "\n")

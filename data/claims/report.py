@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from conftest import ROOT, filled_in
-from methods import AGAIN, STABLE, on_obedient
+from methods import AGAIN, METHODS, STABLE, on_obedient
 
 CORE = ["base", "rft", "grpo", "sdft", "srt", "sd_zero"]
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's, two-sided
@@ -60,8 +60,9 @@ def read(folder):
 
 
 def of(runs, method, key):
-    """A metric of a method, a value a seed."""
-    return [run["metrics"][key] for run in runs[method].values()]
+    """A metric of a method, a value a seed; of one answer to a problem no pass@k."""
+    metrics = [run["metrics"] for run in runs[method].values()]
+    return [None if key == "pass_at_k" and m["n"] == 1 else m[key] for m in metrics]
 
 
 def mean_se(values, percent=False, digits=1):
@@ -116,7 +117,7 @@ def table_of(names, runs, seeds):
     lines = [f"| {' | '.join(head)} |", "|---|---|" + "--:|" * (len(head) - 2)]
     for name in names:
         own = list(runs[name].values())
-        label = own[0]["label"] + (f" (seeds: {len(own)})" if len(own) < seeds else "")
+        label = METHODS[name].label + (f" (seeds: {len(own)})" if len(own) < seeds else "")
         cells = [mean_se(of(runs, name, k), t.endswith("%")) for k, t in COLUMNS.items()]
         answers, tokens, minutes = (np.mean([run[k] for run in own]) for k in head[-3:])
         cells += [f"{answers:,.0f}", f"{tokens / 1e3:,.0f}K", f"{minutes:.1f}"]
@@ -282,26 +283,39 @@ def end_cells(own):
     return " | ".join(cells)
 
 
+def outcome_kinds(filed, regime, told):
+    """{kind of choice: {choice: its row}} of the two-outcome model (outcomes.py)."""
+    rows = json.loads((Path(filed) / f"outcomes/{regime}_{told}.json").read_text())
+    kinds = {"how it is read": {}, "what comes next": {}}
+    for what, row in rows.items():
+        following = re.match(r"edit \d|the end", what)
+        kinds["what comes next" if following else "how it is read"][what] = row
+    return {kind: of for kind, of in kinds.items() if of}
+
+
 def outcome_lines(filed):
-    """Markdown lines: the two-outcome model (outcomes.py), edit by edit."""
+    """Markdown lines: the two-outcome model, choice by choice."""
     head = "n | p | T(R\\|R) | T(R\\|W) | drift foretold | came in 5 steps | in 20"
     keys = "n", "p", "T_R", "T_W", "foretold", "after_5", "after_20"
-    details = ["", f"| told | edit | {head} |", "|---|---|" + "--:|" * len(keys)]
-    lines = ["Log-odds of the right reading: drift foretold by answers of the base, and drift that"]
-    lines[-1] += " came (`outcomes.py`, seed 0):"
-    lines += ["", "| base, told | right signs, 5 steps | 20 | correlation, 5 steps | 20 |"]
-    lines += ["|---|--:|--:|--:|--:|"]
+    details = ["", f"| base, told | choice | {head} |", "|---|---|" + "--:|" * len(keys)]
+    lines = ["Log-odds of the right choice: drift foretold by answers before training, and drift"]
+    lines[-1] += " that came (`outcomes.py`, seed 0; of *long* from its SRT):"
+    lines += [
+        "",
+        "| base, told | choices | right signs, 5 steps | 20 | correlation, 5 steps | 20 |",
+    ]
+    lines += ["|---|---|--:|--:|--:|--:|"]
     for path in sorted((Path(filed) / "outcomes").glob("*_*.json")):
-        of, cells = json.loads(path.read_text()), []
-        foretold, *came = (np.array([row[key] for row in of.values()]) for key in keys[-3:])
-        cells += [f"{(foretold * after > 0).sum()} of {len(of)}" for after in came]
-        cells += [f"{np.corrcoef(foretold, after)[0, 1]:.2f}" for after in came]
         regime, told = path.stem.split("_")
-        lines.append(f"| {regime}, {told} | {' | '.join(cells)} |")
-        for edit, row in of.items() if regime == "obedient" else ():
-            signs = ["", ".2f", *["+.1f"] * 5]
-            cells = [f"{row[k]:{f}}" if k in row else "–" for k, f in zip(keys, signs)]
-            details.append(f"| {told} | {edit} | {' | '.join(cells)} |")
+        for kind, of in outcome_kinds(filed, regime, told).items():
+            foretold, *came = (np.array([row[key] for row in of.values()]) for key in keys[-3:])
+            cells = [f"{(foretold * after > 0).sum()} of {len(of)}" for after in came]
+            cells += [f"{np.corrcoef(foretold, after)[0, 1]:.2f}" for after in came]
+            lines.append(f"| {regime}, {told} | {kind} | {' | '.join(cells)} |")
+            for what, row in of.items() if regime != "unasked" else ():
+                signs = ["", ".2f", *["+.1f"] * 5]
+                cells = [f"{row[k]:{f}}" if k in row else "–" for k, f in zip(keys, signs)]
+                details.append(f"| {regime}, {told} | {what} | {' | '.join(cells)} |")
     return [*lines, *details] if len(lines) > 4 else []
 
 
@@ -508,22 +522,31 @@ def plot_budgets(filed, runs, path):
 
 
 def plot_outcomes(filed, path):
-    """The two-outcome model: drift of a reading foretold by one batch, and what training did."""
+    """The two-outcome model: the drift that one batch foretells, and what training did."""
     from matplotlib import pyplot as plt
 
-    figure, both = plt.subplots(1, 2, figsize=(8, 4.2), layout="constrained", sharey=True)
-    for axes, regime in zip(both, ("obedient", "unasked")):
+    regimes = {path.stem.split("_")[0] for path in (Path(filed) / "outcomes").glob("*_*.json")}
+    regimes = [regime for regime in ("obedient", "unasked", "long") if regime in regimes]
+    how = {"figsize": (3.8 * len(regimes), 4.2), "layout": "constrained", "sharey": True}
+    figure, panels = plt.subplots(1, len(regimes), **how)
+    for axes, regime in zip(panels, regimes):
         for told, (colour, label) in TOLD.items():
-            rows = json.loads((Path(filed) / f"outcomes/{regime}_{told}.json").read_text()).values()
-            x, y = ([row[key] for row in rows] for key in ("foretold", "after_20"))
-            label = label.replace("\n", " ")
-            axes.scatter(x, y, s=60, color=colour, label=label, edgecolors="white")
+            if not (Path(filed) / f"outcomes/{regime}_{told}.json").exists():
+                continue
+            for kind, of in outcome_kinds(filed, regime, told).items():
+                x, y = ([row[key] for row in of.values()] for key in ("foretold", "after_20"))
+                marker, said = ("o", label.replace("\n", " ")) if "read" in kind else ("^", None)
+                axes.scatter(x, y, 55, colour, marker, label=said, edgecolors="white")
         axes.axhline(0, color=GREY, linewidth=0.8)
         axes.axvline(0, color=GREY, linewidth=0.8)
-        axes.set(title=f"{regime}: a point is an edit", xlabel="drift foretold by one batch, nats")
+        axes.set(title=regime, xlabel="drift foretold by one batch, nats")
         axes.spines[["top", "right"]].set_visible(False)
-    both[0].set_ylabel("drift that came in 20 steps, nats")
-    both[0].legend(frameon=False, fontsize=11)
+    panels[0].set_ylabel("drift that came in 20 steps, nats")
+    for kind, marker in (("how an edit is read", "o"), ("which comes next", "^")):
+        panels[-1].scatter([], [], 55, GREY, marker, label=kind)
+    keys = panels[0].get_legend_handles_labels(), panels[-1].get_legend_handles_labels()
+    panels[0].legend(*keys[0], frameon=False, fontsize=11)
+    panels[-1].legend(*(of[-2:] for of in keys[1]), frameon=False, fontsize=11)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

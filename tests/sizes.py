@@ -55,7 +55,7 @@ def main():
         (f"longest function, {longest[1]}", longest[0], 80),
         ("flags", len(flags()), 44),
         ("tests/", sum(tests), 4000),
-        ("the claims' experiments, data/claims/", sum(claims), 1300),
+        ("the claims' experiments, data/claims/", sum(claims), 1400),
         ("README.md, lines", len(readme), 220),
         ("README.md, columns", max(map(len, readme)), 100),
     ]

@@ -19,7 +19,6 @@ COLUMNS = {
     "correction_rate": "mended, %",
     "mean_tokens": "length",
 }
-REGIMES = "obedient_", "unasked_"
 WINDOWS = (1, 4), (9, 12), (17, 20), (37, 40)  # steps of phase 2
 SELF = {
     "revised_accuracy": "accuracy after own revision, %",
@@ -30,21 +29,10 @@ SELF = {
     "wrong_after_wrong": "“wrong” among phrases after wrong attempts, %",
     "wrong_after_right": "“wrong” among phrases after right attempts, %",
 }
+TOLD = "true", "one", "opposite"  # what the teacher of phase 2 is told
+BUDGETS = {"sd_zero": "SD-Zero", "no_srt": "phase 2 on the base", "sdft": "SDFT"}
+BUDGETS |= {"grpo": "GRPO", "rft": "RFT"}
 FIGURES = "data/bit.png", "data/budgets.png", "data/claims/outcomes.png"
-HITS = "answers", "kl_on_it", "kl_by_line_end", "reward_by_line_end", "chance"
-GREY = "#6b7680"
-CURVES = {  # of the second figure: colour, name
-    "sd_zero": ("#2b7bba", "SD-Zero"),
-    "no_srt": ("#7fb8e0", "phase 2 on the base"),
-    "sdft": ("#5a9a68", "SDFT"),
-    "grpo": ("#e8a33d", "GRPO"),
-    "rft": ("#6b7680", "RFT"),
-}
-TOLD = {  # what the teacher of phase 2 is told: its colour, its name in the figure
-    "true": ("#2b7bba", "told the\ntruth"),
-    "one": ("#e8a33d", "always told\n“rephrase”"),
-    "opposite": ("#b5484d", "told the\nopposite"),
-}
 
 
 def read(folder):
@@ -59,9 +47,34 @@ def read(folder):
     return runs, searches
 
 
+def read_budgets(filed, regime="obedient"):
+    """{method: its curves, each [answers], [accuracy]} of budgets.py, in BUDGETS' order."""
+    found = {}
+    for name in BUDGETS:
+        for path in sorted((Path(filed) / "budgets").glob(f"{regime}_{name}-[0-9].json")):
+            points = json.loads(path.read_text())["curve"]
+            both = [[point[key] for point in points] for key in ("answers", "accuracy")]
+            found.setdefault(name, []).append(both)
+    return found
+
+
+def read_outcomes(filed):
+    """{(regime, told): {kind of choice: {choice: its row}}} of outcomes.py."""
+    found = {}
+    for path in sorted((Path(filed) / "outcomes").glob("*_*.json")):
+        kinds = found[tuple(path.stem.split("_"))] = {}
+        for what, row in json.loads(path.read_text()).items():
+            follows = re.match(r"edit \d|the end", what)
+            kinds.setdefault("which comes next" if follows else "how it is read", {})[what] = row
+    return found
+
+
+# ---------------------------------------------------------------- numbers
+
+
 def of(runs, method, key):
     """A metric of a method, a value a seed; of one answer to a problem no pass@k."""
-    metrics = [run["metrics"] for run in runs[method].values()]
+    metrics = [run["metrics"] for run in runs.get(method, {}).values()]
     return [None if key == "pass_at_k" and m["n"] == 1 else m[key] for m in metrics]
 
 
@@ -101,6 +114,39 @@ def differences(runs, metric, more, less):
     return [a - b for a, b in pairs if a is not None and b is not None]
 
 
+def until(accuracy, level=0.95, batches=5):
+    """The step at whose end the last so many batches are right in `level` on average, or None."""
+    means = np.convolve(accuracy, np.ones(batches) / batches, "valid")
+    return int(np.argmax(means >= level)) + batches if (means >= level).any() else None
+
+
+def curves_of(runs, method):
+    """Accuracy by steps of phase 2, a list a seed."""
+    every = [run["training"].get("accuracy") for run in runs.get(method, {}).values()]
+    return [curve for curve in every if curve]
+
+
+def window(curves, first, last):
+    """Means of these steps, a value a curve that has them."""
+    return [np.mean(curve[first - 1 : last]) for curve in curves if len(curve) >= last]
+
+
+def shares(runs, method):
+    """{edit: a share of right readings a seed}"""
+    readings = [run["readings"] for run in runs[method].values()]
+    return {edit: [of[edit][0] / sum(of[edit]) for of in readings] for edit in readings[0]}
+
+
+# ---------------------------------------------------------------- tables, as lines of Markdown
+
+
+def table(head, rows, words=1):
+    """head: "a | b"; rows: lists of cells, of which the first so many are words."""
+    numbers = head.count(" | ") + 1 - words
+    lines = [f"| {head} |", "|" + "---|" * words + "--:|" * numbers]
+    return lines + [f"| {' | '.join(cells)} |" for cells in rows]
+
+
 def short(method, rates):
     """A method's commands as stage numbers with the flags that make it, without paths and seeds."""
     parts = []
@@ -111,473 +157,308 @@ def short(method, rates):
     return ", ".join(parts) + (f"; with {method.patch}.patch" if method.patch else "") + constants
 
 
-def table_of(names, runs, seeds):
-    """Markdown lines: a row a method."""
-    head = ["", "", *COLUMNS.values(), "answers", "tokens", "minutes"]
-    lines = [f"| {' | '.join(head)} |", "|---|---|" + "--:|" * (len(head) - 2)]
+def methods_table(names, runs, seeds):
+    """A row a method."""
+    rows = []
     for name in names:
         own = list(runs[name].values())
         label = METHODS[name].label + (f" (seeds: {len(own)})" if len(own) < seeds else "")
         cells = [mean_se(of(runs, name, k), t.endswith("%")) for k, t in COLUMNS.items()]
-        answers, tokens, minutes = (np.mean([run[k] for run in own]) for k in head[-3:])
+        means = (np.mean([run[k] for run in own]) for k in ("answers", "tokens", "minutes"))
+        answers, tokens, minutes = means
         cells += [f"{answers:,.0f}", f"{tokens / 1e3:,.0f}K", f"{minutes:.1f}"]
-        lines.append(f"| `{name}` | {label} | {' | '.join(cells)} |")
-    return lines
+        rows.append([f"`{name}`", label, *cells])
+    return table(" | ".join(["", "", *COLUMNS.values(), "answers | tokens | minutes"]), rows, 2)
 
 
 def told_table(runs):
-    """Markdown lines: by base, the accuracy of phase 2 by what its teacher was told."""
-    lines = ["| sampled, %, after phase 2 on | base | the truth | one P_r | the opposite | SRT |"]
-    lines.append("|---|" + "--:|" * 5)
-    for regime in (name.rstrip("_") for name in REGIMES):
+    """By base, the accuracy of phase 2 by what its teacher was told."""
+    rows = []
+    for regime in ("obedient", "unasked"):
         names = [f"{regime}_{name}" for name in ("base", *TOLD, "srt")]
-        cells = [mean_se(of(runs, n, "accuracy"), True) if n in runs else "–" for n in names]
-        lines.append(f"| `data/{regime}/base` | {' | '.join(cells)} |")
-    return lines
+        cells = [mean_se(of(runs, name, "accuracy"), True) for name in names]
+        rows.append([f"`data/{regime}/base`", *cells])
+    return table(
+        "sampled, %, after phase 2 on | base | the truth | one P_r | the opposite | SRT", rows
+    )
 
 
 def long_table(runs):
-    """Markdown lines: long problems, where the paper's phase 2 collapses, and what holds there."""
-    names = {"srt": "SRT", "sd_zero": "the paper's", "clip": "clipped", "gate": "gated"}
-    names = {name: label for name, label in names.items() if f"long_{name}" in runs}
-    lines = [f"| after phase 2 on `data/long` | {' | '.join(names.values())} |"]
-    lines.append("|---|" + "--:|" * len(names))
+    """Long problems, where the paper's phase 2 collapses, and what holds there."""
+    rows, names = [], ("long_srt", "long_sd_zero", "long_clip", "long_gate")
     for key in ("accuracy", "greedy"):
-        cells = [mean_se(of(runs, f"long_{name}", key), True) for name in names]
-        lines.append(f"| {COLUMNS[key]} | {' | '.join(cells)} |")
-    return lines
+        cells = [mean_se(of(runs, name, key), True) for name in names]
+        rows.append([COLUMNS[key], *cells])
+    return table("after phase 2 on `data/long` | SRT | the paper's | clipped | gated", rows)
 
 
 def verdict_of(runs, seeds, metric, more, less):
-    """ "difference, unit | verdict" of a claim."""
+    """[difference, verdict] of a claim."""
     values = differences(runs, metric, more, less)
     if not (judged := judge(values)):
-        return "– | not run"
+        return ["–", "not run"]
     mean, error, verdict = judged
     units = {"phrases": (1, 2, "phrases"), "mean_tokens": (1, 1, "tokens")}
     scale, digits, unit = units.get(metric, (100, 1, "points"))
     unit += f" ({len(values)} seeds)" if len(values) < seeds else ""
     digits += float(f"{scale * error:.{digits}f}") == 0  # "± 0.0" says nothing
-    return f"{scale * mean:+.{digits}f} ± {scale * error:.{digits}f} {unit} | **{verdict}**"
+    return [f"{scale * mean:+.{digits}f} ± {scale * error:.{digits}f} {unit}", f"**{verdict}**"]
 
 
-def claims_tables(runs, methods, claims, seeds):
-    """Markdown lines: a row a claim; those about the first domain are judged on both bases."""
-    first = ["| | claim | truthful base | verdict | obedient base | verdict |"]
-    first.append("|---|---|--:|---|--:|---|")
-    other = ["| | claim | difference | verdict |", "|---|---|--:|---|"]
+def claims_tables(runs, claims, seeds):
+    """A row a claim; those about the first domain are judged on both bases."""
+    first, other = [], []
     for claim, metric, more, less, text in claims:
-        cells = verdict_of(runs, seeds, metric, more, less)
-        if methods[more].domain:
-            other.append(f"| {claim} | {text} | {cells} |")
-            continue
-        again = verdict_of(runs, seeds, metric, on_obedient(more), on_obedient(less))
-        first.append(f"| {claim} | {text} | {cells} | {again} |")
-    return [*first, "", *other]
+        cells = [claim, text, *verdict_of(runs, seeds, metric, more, less)]
+        if METHODS[more].domain:
+            other.append(cells)
+        else:
+            again = metric, on_obedient(more), on_obedient(less)
+            first.append(cells + verdict_of(runs, seeds, *again))
+    lines = table(" | claim | truthful base | verdict | obedient base | verdict", first, 2)
+    return [*lines, "", *table(" | claim | difference | verdict", other, 2)]
 
 
-def until(accuracy, level=0.95, batches=5):
-    """The step at whose end the last so many batches are right in `level` on average, or None."""
-    means = np.convolve(accuracy, np.ones(batches) / batches, "valid")
-    return int(np.argmax(means >= level)) + batches if (means >= level).any() else None
-
-
-def shares(runs, method):
-    """{edit: a share of right readings a seed}"""
-    readings = [run["readings"] for run in runs[method].values()]
-    return {edit: [of[edit][0] / sum(of[edit]) for of in readings] for edit in readings[0]}
-
-
-def bit_lines(regime, names, runs, seeds):
-    """Markdown lines: what the reward buys on a base, in all, over the steps, edit by edit."""
-    lines = [f"**What the bit buys: {regime[:-1]}**, one answer to each problem", ""]
-    lines += [*table_of(names, runs, seeds), "", "Right in batches of phase 2, %, and readings, %:"]
-    told = [name for name in names if name.removeprefix(regime) in TOLD]
-    steps = max(len(runs[name][0]["training"]["accuracy"]) for name in told) if told else 0
-    ends = [end for end in range(5, 41, 7) if end <= steps]  # five batches each
-    head = " | ".join(f"steps {end - 4} to {end}" for end in ends)
-    lines += ["", f"| | {head} |", "|---|" + "--:|" * len(ends)]
-    for name in told:
-        curves = [run["training"]["accuracy"] for run in runs[name].values()]
-        cells = [mean_se([np.mean(c[end - 5 : end]) for c in curves], True) for end in ends]
-        lines.append(f"| `{name}` | {' | '.join(cells)} |")
-    lines += ["", f"| right readings of | {' | '.join(f'`{name}`' for name in names)} |"]
-    lines += ["|---|" + "--:|" * len(names)]
+def bit_tables(regime, runs, seeds):
+    """What the reward buys on a base: in all, over the steps, edit by edit."""
+    names = [f"{regime}_{name}" for name in ("base", "srt", *TOLD)]
+    names = [name for name in names if name in runs]
+    if not names:
+        return []
+    lines = [f"**What the bit buys: {regime}**, one answer to each problem but of base and SRT", ""]
+    lines += [*methods_table(names, runs, seeds), "", "Right in batches of phase 2, %:", ""]
+    ends, rows = range(5, 41, 7), []  # five batches each
+    for name in (name for name in names if curves_of(runs, name)):
+        steps = [window(curves_of(runs, name), end - 4, end) for end in ends]
+        rows.append([f"`{name}`", *(mean_se(of, True) for of in steps)])
+    lines += table(" | ".join(["", *(f"steps {end - 4} to {end}" for end in ends)]), rows)
     of_all = [shares(runs, name) for name in names]
-    for edit in of_all[0]:
-        lines.append(f"| {edit} | {' | '.join(mean_se(of[edit], True) for of in of_all)} |")
-    return lines
+    rows = [[edit, *(mean_se(of[edit], True) for of in of_all)] for edit in of_all[0]]
+    head = " | ".join(["right readings, % of", *(f"`{name}`" for name in names)])
+    return [*lines, "", *table(head, rows)]
 
 
-def read_budgets(filed, regime="obedient"):
-    """{method: its curves, each [answers], [accuracy]} of budgets.py, in CURVES' order."""
-    found = {}
-    for name in CURVES:
-        for path in sorted((Path(filed) / "budgets").glob(f"{regime}_{name}-[0-9].json")):
-            points = json.loads(path.read_text())["curve"]
-            both = [[point[key] for point in points] for key in ("answers", "accuracy")]
-            found.setdefault(name, []).append(both)
-    return found
-
-
-def budget_lines(filed):
-    """Markdown lines: accuracy by all answers sampled, method by method."""
-    lines = ["**What an answer buys**: sampled, %, by all answers sampled for training; *obedient*"]
-    lines += ["", "| | seeds | about 1,024 | 2,048 | 4,096 | 8,192 | searched, % on validation |"]
-    lines.append("|---|" + "--:|" * 5 + "---|")
+def budget_table(filed):
+    """Accuracy by all answers sampled, method by method."""
+    rows = []
     for name, curves in read_budgets(filed).items():
         cells = [mean_se(of, True) for of in zip(*(accuracy for _, accuracy in curves))]
         tried = json.loads((Path(filed) / f"budgets/search-obedient_{name}.json").read_text())
         tried = "; ".join(f"{choice} → {100 * a:.1f}" for choice, a in tried.items())
-        lines.append(f"| {CURVES[name][1]} | {len(curves)} | {' | '.join(cells)} | {tried} |")
-    lines += [
-        "",
-        "Tried: learning rate, problems of SD-Zero's phase 1 → right, %. On *long*, the same:",
-    ]
+        rows.append([BUDGETS[name], tried, f"{len(curves)}", *cells])
+    lines = ["**What an answer buys**: sampled, %, by all answers sampled for training; *obedient*"]
+    head = " | searched: rate, SD-Zero's problems of phase 1 → validation, %"
+    lines += ["", *table(f"{head} | seeds | about 1,024 | 2,048 | 4,096 | 8,192", rows, 2)]
     for path in sorted((Path(filed) / "budgets").glob("search-long_*.json")):
-        tried = json.loads(path.read_text()).items()
-        lines[-1] += f" {path.stem.partition('_')[2]} " + "; ".join(
-            f"{c} → {a:.1%}" for c, a in tried
-        )
+        tried = [f"{choice} → {a:.1%}" for choice, a in json.loads(path.read_text()).items()]
+        lines += ["", f"Searched on *long*: {path.stem.partition('_')[2]} {'; '.join(tried)}"]
     return lines
 
 
-def stable_lines(filed, runs):
-    """Markdown lines: what keeps phase 2 stable where the paper's collapses."""
-    head = ["phase 2 from SRT", *(f"steps {a} to {b}" for a, b in WINDOWS)]
-    head += ["sampled", "greedy", "worst", "off task", "length", "obedient", "functions"]
-    lines = ["**What keeps phase 2 stable**, in % but for the length, tokens; *long*, unless said"]
-    lines += ["", f"| {' | '.join(head)} |", "|---|" + "--:|" * (len(head) - 1)]
-    levels = [
-        list(runs.get(f"{domain}_srt", {}).values()) for domain in ("long", "obedient", "code")
-    ]
-    sampled = [mean_se([run["metrics"]["accuracy"] for run in level], True) for level in levels]
-    lines.append(f"| none: SRT |{' |' * 4} {end_cells(levels[0])} | {' | '.join(sampled[1:])} |")
+def stable_table(filed, runs):
+    """What keeps phase 2 stable where the paper's collapses."""
+    rows = [["none: SRT", *[""] * len(WINDOWS), *ends(runs, "srt")]]
     for name, method in STABLE.items():
-        own = list(runs.get(f"long_{name}", {}).values())
+        curves = curves_of(runs, f"long_{name}")
         path = Path(filed) / f"stopped/long_{name}-0.json"
-        curves = [run["training"]["accuracy"] for run in own]
         if not curves and path.exists():
             curves = [json.loads(path.read_text())["training"]["accuracy"]]
-        cells = [mean_se(window(curves, *steps), True) for steps in WINDOWS] + [end_cells(own)]
-        for domain in ("obedient", "code"):
-            others = runs.get(f"{domain}_{name}", {}).values()
-            cells.append(mean_se([run["metrics"]["accuracy"] for run in others], True))
+        cells = [mean_se(window(curves, *steps), True) for steps in WINDOWS]
         label = method.label + (": not run" if not curves else "")
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    return lines
+        rows.append([label, *cells, *ends(runs, name)])
+    head = ["phase 2 from SRT", *(f"steps {a} to {b}" for a, b in WINDOWS)]
+    head += ["sampled | greedy | worst | off task | length | obedient | functions"]
+    lines = ["**What keeps phase 2 stable**, in % but for the length, tokens; *long*, unless said"]
+    return [*lines, "", *table(" | ".join(head), rows)]
 
 
-def window(curves, first, last):
-    """Means of these steps, a value a curve that has them."""
-    return [np.mean(curve[first - 1 : last]) for curve in curves if len(curve) >= last]
-
-
-def end_cells(own):
-    """Where runs ended, as cells of a table."""
-    metrics = [run["metrics"] for run in own]
-    cells = [mean_se([m[key] for m in metrics], True) for key in ("accuracy", "greedy")]
-    cells.append(f"{100 * min(m['accuracy'] for m in metrics):.1f}" if own else "–")
+def ends(runs, name):
+    """Where runs ended, on long problems and in the other domains, as cells."""
+    cells = [mean_se(of(runs, f"long_{name}", key), True) for key in ("accuracy", "greedy")]
+    accuracy = of(runs, f"long_{name}", "accuracy")
+    cells.append(f"{100 * min(accuracy):.1f}" if accuracy else "–")
+    own = runs.get(f"long_{name}", {}).values()
     cells.append(mean_se([run["off_task"] for run in own], True))
-    cells.append(mean_se([m["mean_tokens"] for m in metrics], digits=0))
-    return " | ".join(cells)
+    cells.append(mean_se(of(runs, f"long_{name}", "mean_tokens"), digits=0))
+    others = [of(runs, f"{domain}_{name}", "accuracy") for domain in ("obedient", "code")]
+    return cells + [mean_se(values, True) for values in others]
 
 
-def outcome_kinds(filed, regime, told):
-    """{kind of choice: {choice: its row}} of the two-outcome model (outcomes.py)."""
-    rows = json.loads((Path(filed) / f"outcomes/{regime}_{told}.json").read_text())
-    kinds = {"how it is read": {}, "what comes next": {}}
-    for what, row in rows.items():
-        following = re.match(r"edit \d|the end", what)
-        kinds["what comes next" if following else "how it is read"][what] = row
-    return {kind: of for kind, of in kinds.items() if of}
-
-
-def outcome_lines(filed):
-    """Markdown lines: the two-outcome model, choice by choice."""
-    head = "n | p | T(R\\|R) | T(R\\|W) | drift foretold | came in 5 steps | in 20"
-    keys = "n", "p", "T_R", "T_W", "foretold", "after_5", "after_20"
-    details = ["", f"| base, told | choice | {head} |", "|---|---|" + "--:|" * len(keys)]
-    lines = ["Log-odds of the right choice: drift foretold by answers before training, and drift"]
-    lines[-1] += " that came (`outcomes.py`, seed 0; of *long* from its SRT):"
-    lines += [
-        "",
-        "| base, told | choices | right signs, 5 steps | 20 | correlation, 5 steps | 20 |",
-    ]
-    lines += ["|---|---|--:|--:|--:|--:|"]
-    for path in sorted((Path(filed) / "outcomes").glob("*_*.json")):
-        regime, told = path.stem.split("_")
-        for kind, of in outcome_kinds(filed, regime, told).items():
-            foretold, *came = (np.array([row[key] for row in of.values()]) for key in keys[-3:])
-            cells = [f"{(foretold * after > 0).sum()} of {len(of)}" for after in came]
+def outcome_tables(filed):
+    """The two-outcome model, all choices of a kind, then one by one."""
+    keys, signs = ("n", "p", "T_R", "T_W", "foretold", "after_5", "after_20"), ["", ".2f"]
+    rows, details, signs = [], [], signs + ["+.1f"] * 5
+    for (regime, told), kinds in read_outcomes(filed).items():
+        for kind, of_kind in kinds.items():
+            foretold, *came = (np.array([r[k] for r in of_kind.values()]) for k in keys[-3:])
+            cells = [f"{(foretold * after > 0).sum()} of {len(of_kind)}" for after in came]
             cells += [f"{np.corrcoef(foretold, after)[0, 1]:.2f}" for after in came]
-            lines.append(f"| {regime}, {told} | {kind} | {' | '.join(cells)} |")
-            for what, row in of.items() if regime != "unasked" else ():
-                signs = ["", ".2f", *["+.1f"] * 5]
+            rows.append([f"{regime}, {told}", kind, *cells])
+            for what, row in of_kind.items() if regime != "unasked" else ():
                 cells = [f"{row[k]:{f}}" if k in row else "–" for k, f in zip(keys, signs)]
-                details.append(f"| {regime}, {told} | {what} | {' | '.join(cells)} |")
-    return [*lines, *details] if len(lines) > 4 else []
+                details.append([f"{regime}, {told}", what, *cells])
+    said = "Log-odds of the right choice: drift foretold by answers before training, and drift that"
+    said += " came (`outcomes.py`, seed 0; of *long* from its SRT):"
+    head = "base, told | choices | right signs, 5 steps | 20 | correlation, 5 steps | 20"
+    lines = [said, "", *table(head, rows, 2)]
+    head = (
+        "base, told | choice | n | p | T(R\\|R) | T(R\\|W) | drift foretold | came in 5 steps | 20"
+    )
+    return [*lines, "", *table(head, details, 2)] if rows else []
 
 
-def doubt_lines(filed):
-    """Markdown lines: where the long base's reviser doubts what its generator knows."""
-    path = Path(filed) / "outcomes/doubts.json"
+def doubt_table(filed):
+    """Where the long base's reviser doubts what its generator knows."""
+    path, rows = Path(filed) / "outcomes/doubts.json", []
     if not path.exists():
         return []
-    lines = [
-        "Of the tokens of right answers that the generator is sure of (p > 0.9), those that its"
-    ]
-    lines[-1] += " reviser doubts (by 0.01 nats), %; *long*, by edits a problem:"
-    filed = json.loads(path.read_text())
-    ways = [key for key in filed["base"]["3"] if key != "right answers"]
-    lines += ["", f"| | edits | {' | '.join(ways)} | right answers |", "|---|--:|" + "--:|" * 4]
-    for name, by_length in filed.items():
+    for name, by_length in json.loads(path.read_text()).items():
         for n, row in by_length.items():
-            cells = [f"{100 * row[way]:.1f}" for way in ways]
-            lines.append(f"| {name} | {n} | {' | '.join(cells)} | {row['right answers']} |")
-    return lines
+            right, *doubted = row.values()
+            rows.append([name, n, f"{right}", *(f"{100 * share:.1f}" for share in doubted)])
+    said = "Of the tokens of right answers that the generator is sure of (p > 0.9), those that its"
+    said += " reviser doubts (by 0.01 nats), %, by what it has read; *long*:"
+    head = (
+        " | edits | right answers | told the truth | told the opposite | another problem's answer"
+    )
+    return [said, "", *table(head, rows)]
 
 
-def kl_lines(runs):
-    """Markdown lines: where SRT's reviser disagrees with SRT's answers."""
-    srt = [runs["srt"][seed] for seed in sorted(runs.get("srt", {}))]
-    lines = ["Where SRT's reviser disagrees with SRT's answers, as phase 2 finds it at its start:"]
-    head = "nats an answer | in the top 5% of its tokens, % | 10% | 20% | 50% |"
-    lines += ["", f"| | {head}", "|---|--:|--:|--:|--:|--:|"]
+def kl_tables(filed, runs):
+    """Where SRT's reviser disagrees with SRT's answers."""
+    srt, rows = list(runs.get("srt", {}).values()), []
     for key, title in (("kl_wrong", "wrong answers"), ("kl_right", "right answers")):
         spreads = [run["metrics"][key] for run in srt if run["metrics"][key]]
+        top = [[spread["top"][i] for spread in spreads] for i in range(4)]
         cells = [mean_se([spread["nats"] for spread in spreads])]
-        cells += [mean_se([spread["top"][i] for spread in spreads], True) for i in range(4)]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        "In the last attempt of wrong answers, does a token point to the first wrong digit?",
-    ]
+        rows.append([title, *cells, *(mean_se(values, True) for values in top)])
+    lines = ["Where SRT's reviser disagrees with SRT's answers, as phase 2 finds it at its start:"]
+    head = " | nats an answer | in the top 5% of its tokens, % | 10% | 20% | 50%"
+    lines, rows = [*lines, "", *table(head, rows), ""], []
+    path = Path(filed) / "outcomes/pointing.json"
+    pointing = json.loads(path.read_text()) if path.exists() else {}
+    keys = "kl_on_it", "kl_by_line_end", "reward_by_line_end", "chance"
+    for regime in ("truthful", "obedient", "unasked", "long"):
+        own = runs.get("srt" if regime == "truthful" else f"{regime}_srt", {}).values()
+        mistakes = [run["mistakes"] for run in own]
+        hits = [mean_se([m[key] for m in mistakes], True) for key in keys]
+        told = f"{100 * pointing[regime]['kl_on_it']:.1f}" if regime in pointing else "–"
+        rows.append([regime, f"{sum(m['answers'] for m in mistakes)}", *hits, told])
+    lines += ["In the last attempt of wrong answers, does a token point to the first wrong digit?"]
     head = (
-        "wrong answers | the most KL: on it, % | from it to its line's end | the largest KL reward"
+        "SRT of | wrong answers | the most KL: on it, % | from it to its line's end | the largest"
     )
-    lines += ["", f"| SRT of | {head}: there | a random token |", "|---|" + "--:|" * 5]
-    for regime in ("", "obedient_", "unasked_", "long_"):
-        if f"{regime}srt" not in runs:
-            continue
-        n, *hits = ([run["mistakes"][key] for run in runs[f"{regime}srt"].values()] for key in HITS)
-        cells = [f"{sum(n)}", *(mean_se(values, True) for values in hits)]
-        lines.append(f"| {regime.rstrip('_') or 'truthful'} | {' | '.join(cells)} |")
-    return lines
+    head += " KL reward: there | a random token | the most KL of truth and opposite: on it"
+    return [*lines, "", *table(head, rows)]
 
 
-def best_lines(filed):
-    """Markdown lines: of runs that fell, the end and .best, from summaries METHOD-SEED.json."""
-    lines = ["Students that fell, at their end and as `.best` has them; ± over problems:", ""]
-    lines += ["| | seed | end | `.best` |", "|---|--:|--:|--:|"]
+def best_table(filed):
+    """Of runs that fell, the end and .best, from summaries METHOD-SEED.json."""
+    rows = []
     for path in sorted((Path(filed) / "best").glob("*.json")):
         both = [(100 * s["accuracy"], 100 * s["accuracy_se"]) for s in json.loads(path.read_text())]
         name, _, seed = path.stem.rpartition("-")
-        cells = " | ".join(f"{value:.1f} ± {error:.1f}" for value, error in both)
-        lines.append(f"| `{name}` | {seed} | {cells} |")
-    return lines if len(lines) > 4 else []
+        rows.append([f"`{name}`", seed, *(f"{value:.1f} ± {error:.1f}" for value, error in both)])
+    lines = ["Students that fell, at their end and as `.best` has them; ± over problems:", ""]
+    return [*lines, *table(" | seed | end | `.best`", rows)] if rows else []
 
 
-def tables(filed, methods, claims):
-    """(the tables of README.md, all of data/claims/README.md), in Markdown."""
-    runs, searches = read(filed)
-    seeds, some = max(map(len, runs.values())), next(iter(next(iter(runs.values())).values()))
-    core = [name for name in CORE if name in runs]
-    code = [name for name in methods if name in runs and name.startswith("code_")]
-    regimes = [
-        name for name in methods if name in runs and methods[name].domain not in ("", "code")
-    ]
-    rest = [name for name in methods if name in runs and not methods[name].domain]
-    rest = [name for name in rest if name not in core]
-    note = f"{seeds} seeds, {some['metrics']['problems']} test problems, {some['metrics']['n']} "
-    note += (
-        "answers to each, mean ± standard error over seeds.\n*Mended*: the share of its own wrong "
-    )
-    note += "answers that the model corrects when told so.\n*Answers*: sampled for training."
-    first = [*told_table(runs), "", *long_table(runs)]
-    lines = [note, "", *table_of(core, runs, seeds)]
-    titles = ("**The second domain**, short functions", code)
-    again = [f"obedient_{name}" for name in (*CORE, "true", *AGAIN)]
-    again = [name for name in dict.fromkeys(again) if name in runs]
-    titles = titles, ("**Ablations**: SD-Zero with one thing changed", rest)
-    titles += (("**The obedient base**, about 5,490 answers a method; 40 steps a round", again),)
-    for title, names in titles:
-        lines += ["", title, "", *table_of(names, runs, seeds)] if names else []
-    for regime in REGIMES:
-        told = "base", "srt", *TOLD
-        names = [f"{regime}{name}" for name in told if f"{regime}{name}" in runs]
-        lines += ["", *bit_lines(regime, names, runs, seeds)] if names else []
-    lines += ["", *budget_lines(filed), "", *stable_lines(filed, runs)]
-    astray = {name: [run["off_task"] for run in runs[name].values()] for name in code}
-    astray = [f"`{name}` {mean_se(v, True)}" for name, v in astray.items() if None not in v]
-    lines += ["", f"Programs off their task, %: {', '.join(astray)}.", ""] if astray else [""]
-    lines += claims_tables(runs, methods, claims, seeds)
-    reached = []
-    for name in methods:
-        own = [
-            run["training"]["accuracy"] for run in runs.get(name, {}).values() if run["training"]
-        ]
-        steps = [until(accuracy) for accuracy in own]
-        if steps and None not in steps:
-            reached.append(f"`{name}` {mean_se(steps)}")
-    lines += [
-        "",
-        "Steps of phase 2 until 95% of five batches' answers are right (methods that get ",
-    ]
-    lines[-1] += f"there with all seeds): {', '.join(reached)}."
-    lines += ["", "How the models judge and revise themselves:", "", f"| | {' | '.join(core)} |"]
-    lines += ["|---|" + "--:|" * len(core)]
+def self_table(runs, names):
+    rows = []
     for key, title in SELF.items():
         how = title.endswith("%"), 2 if key == "phrases" else 1
-        cells = [mean_se(of(runs, name, key), *how) for name in core]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    lines += ["", *kl_lines(runs), "", "Learning rates, by accuracy in % on validation problems:"]
+        rows.append([title, *(mean_se(of(runs, name, key), *how) for name in names)])
+    lines = ["How the models judge and revise themselves:", ""]
+    return [*lines, *table(" | ".join(["", *names]), rows)]
+
+
+def reached_line(runs):
+    steps = {name: [until(curve) for curve in curves_of(runs, name)] for name in METHODS}
+    said = "Steps of phase 2 until 95% of five batches' answers are right (methods that get there"
+    steps = {name: mean_se(at) for name, at in steps.items() if at and None not in at}
+    return f"{said} with all seeds): {', '.join(f'`{name}` {at}' for name, at in steps.items())}."
+
+
+def off_task_line(runs, names):
+    astray = {name: [run["off_task"] for run in runs[name].values()] for name in names}
+    said = [f"`{name}` {mean_se(of, True)}" for name, of in astray.items() if None not in of]
+    return f"Programs off their task, %: {', '.join(said)}."
+
+
+def searched_line(searches):
+    said = "Learning rates, by accuracy in % on validation problems:"
     for name, found in searches.items():
         tried = [f"{float(lr):g} → {100 * a:.1f}" for lr, a in found["accuracy"].items()]
-        lines[-1] += f" `{name}` {', '.join(tried)};"
-    lines += ["", "The commands of each row, without paths and seeds:", ""]
+        said += f" `{name}` {', '.join(tried)};"
+    return said
+
+
+def tables(filed, claims):
+    """(the tables of README.md, all of data/claims/README.md), in Markdown."""
+    runs, searches = read(filed)
+    seeds = max(map(len, runs.values()))
+    there = {name: METHODS[name].domain for name in METHODS if name in runs}
+    core = [name for name in CORE if name in there]
+    rest = [name for name in there if there[name] == "" and name not in core]
+    code = [name for name in there if there[name] == "code"]
+    again = dict.fromkeys([f"obedient_{name}" for name in (*CORE, "true", *AGAIN)])
     rates = {name: f"{found['rate']:g}" for name, found in searches.items()}
-    lines += [f"- `{name}`: {short(methods[name], rates)}" for name in core + code + rest + regimes]
-    return "\n".join(first), "\n".join(
-        [*lines, "", *best_lines(filed), "", *outcome_lines(filed), "", *doubt_lines(filed)]
-    )
-
-
-# ---------------------------------------------------------------- the figures
-
-
-def plot_bit(runs, path):
-    """On the obedient base, told the truth or not: accuracy over phase 2's steps; edit by edit, the
-    share of right readings before and after."""
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
-    for told, (colour, label) in TOLD.items():
-        curves = [run["training"]["accuracy"] for run in runs[f"obedient_{told}"].values()]
-        curves = 100 * np.array(curves)  # [seeds, steps]
-        steps, mean = np.arange(curves.shape[1]) + 1, curves.mean(0)
-        left.plot(steps, curves.T, color=colour, linewidth=0.8, alpha=0.35)
-        left.plot(steps, mean, color=colour, linewidth=2.8)
-        at = steps[-1] + 1, mean[-5:].mean()
-        left.annotate(label, at, color=colour, fontsize=12, va="center", annotation_clip=False)
-    levels = [100 * np.mean(of(runs, f"obedient_{name}", "accuracy")) for name in ("base", "srt")]
-    left.hlines(levels, 0, steps[-1], color=GREY, linewidth=1.2, linestyle=":", zorder=0)
-    ticks = [0, f"base {levels[0]:.0f}", f"SRT {levels[1]:.0f}", 100]
-    left.set_yticks([0, *levels, 100], ticks, fontsize=11)
-    left.set(title="right answers, %", xlabel="step of phase 2", ylim=(0, 102), xlim=(0, 52))
-    left.set_xticks(range(0, len(steps) + 1, 10))
-
-    before = {edit: 100 * np.mean(v) for edit, v in shares(runs, "obedient_base").items()}
-    edits = sorted(before, key=before.get)
-    for told, shift in (("true", 0.17), ("one", -0.17)):
-        after = shares(runs, f"obedient_{told}")
-        for y, edit in enumerate(edits):
-            ends = (100 * np.mean(after[edit]), y + shift), (before[edit], y + shift)
-            arrow = {"arrowstyle": "-|>", "color": TOLD[told][0], "linewidth": 2.4}
-            right.annotate("", *ends, arrowprops=arrow | {"shrinkA": 0, "shrinkB": 0})
-    for y, edit in enumerate(edits):
-        right.plot([before[edit]] * 2, [y - 0.3, y + 0.3], color=GREY, linewidth=2)
-    right.set(title="edits read rightly, %", xlabel="from the base to step 40", xlim=(-3, 103))
-    right.set_ylim(-0.6, len(edits) - 0.4)
-    right.set_yticks(range(len(edits)), edits, fontsize=11)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.title.set_fontsize(13)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def plot_budgets(filed, runs, path):
-    """On the obedient base: accuracy against all answers sampled for training."""
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7.5, 4.4), layout="constrained")
-    ends = []
-    for name, curves in read_budgets(filed).items():
-        colour, label = CURVES[name]
-        answers, accuracy = np.array(curves).swapaxes(0, 1)  # each [seeds, budgets]
-        accuracy = 100 * accuracy
-        axes.plot(answers.T, accuracy.T, color=colour, linewidth=0.8, alpha=0.4)
-        x, y = answers.mean(0), accuracy.mean(0)
-        axes.plot(x, y, color=colour, linewidth=2.8, marker="o", markersize=5)
-        ends.append((y[-1], label, colour))
-    below = np.inf
-    for y, label, colour in sorted(ends, reverse=True):  # names do not cover each other
-        below = min(y, below - 5)
-        how = {"color": colour, "fontsize": 12, "va": "center", "annotation_clip": False}
-        axes.annotate(f"{label} {y:.0f}", (9000, below), **how)
-    base = 100 * np.mean(of(runs, "obedient_base", "accuracy"))
-    axes.axhline(base, color=GREY, linewidth=1.2, linestyle=":", zorder=0)
-    axes.set_xscale("log")
-    ticks = [1024, 2048, 4096, 8192]
-    axes.set_xticks(ticks, ["1K", "2K", "4K", "8K"], fontsize=11)
-    axes.minorticks_off()
-    axes.set_yticks([base, 60, 80, 100], [f"base {base:.0f}", "60", "80", "100"], fontsize=11)
-    axes.set(title="right answers to test problems, %", ylim=(38, 102), xlim=(900, 20000))
-    axes.set_xlabel("answers sampled for training, all of them", loc="left", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.title.set_fontsize(13)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def plot_outcomes(filed, path):
-    """The two-outcome model: the drift that one batch foretells, and what training did."""
-    from matplotlib import pyplot as plt
-
-    regimes = {path.stem.split("_")[0] for path in (Path(filed) / "outcomes").glob("*_*.json")}
-    regimes = [regime for regime in ("obedient", "unasked", "long") if regime in regimes]
-    how = {"figsize": (3.8 * len(regimes), 4.2), "layout": "constrained", "sharey": True}
-    figure, panels = plt.subplots(1, len(regimes), **how)
-    for axes, regime in zip(panels, regimes):
-        for told, (colour, label) in TOLD.items():
-            if not (Path(filed) / f"outcomes/{regime}_{told}.json").exists():
-                continue
-            for kind, of in outcome_kinds(filed, regime, told).items():
-                x, y = ([row[key] for row in of.values()] for key in ("foretold", "after_20"))
-                marker, said = ("o", label.replace("\n", " ")) if "read" in kind else ("^", None)
-                axes.scatter(x, y, 55, colour, marker, label=said, edgecolors="white")
-        axes.axhline(0, color=GREY, linewidth=0.8)
-        axes.axvline(0, color=GREY, linewidth=0.8)
-        axes.set(title=regime, xlabel="drift foretold by one batch, nats")
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("drift that came in 20 steps, nats")
-    for kind, marker in (("how an edit is read", "o"), ("which comes next", "^")):
-        panels[-1].scatter([], [], 55, GREY, marker, label=kind)
-    keys = panels[0].get_legend_handles_labels(), panels[-1].get_legend_handles_labels()
-    panels[0].legend(*keys[0], frameon=False, fontsize=11)
-    panels[-1].legend(*(of[-2:] for of in keys[1]), frameon=False, fontsize=11)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    parts = [
+        [
+            f"{seeds} seeds, 400 test problems, 4 answers to each; mean ± standard error of seeds.",
+            "*Mended*: the share of its own wrong answers that the model corrects when told so.",
+            "*Answers*: sampled for training.",
+        ],
+        methods_table(core, runs, seeds),
+        ["**The second domain**, short functions"],
+        methods_table(code, runs, seeds),
+        ["**Ablations**: SD-Zero with one thing changed"],
+        methods_table(rest, runs, seeds),
+        ["**The obedient base**, about 5,490 answers a method; 40 steps a round"],
+        methods_table([name for name in again if name in runs], runs, seeds),
+        bit_tables("obedient", runs, seeds),
+        bit_tables("unasked", runs, seeds),
+        budget_table(filed),
+        stable_table(filed, runs),
+        [off_task_line(runs, code)],
+        claims_tables(runs, claims, seeds),
+        [reached_line(runs)],
+        self_table(runs, core),
+        kl_tables(filed, runs),
+        [searched_line(searches)],
+        ["The commands of each row, without paths and seeds:"],
+        [f"- `{name}`: {short(METHODS[name], rates)}" for name in there],
+        best_table(filed),
+        outcome_tables(filed),
+        doubt_table(filed),
+    ]
+    first = [*told_table(runs), "", *long_table(runs)]
+    return "\n".join(first), "\n\n".join("\n".join(part) for part in parts if part)
 
 
 # ---------------------------------------------------------------- written or checked
 
 
-def write(filed, methods, claims, root):
+def write(filed, claims, root):
     """The tables into the READMEs below `root`, between their markers, and the figures."""
-    import matplotlib
+    import figures
 
-    matplotlib.use("Agg")
-    texts = tables(filed, methods, claims)
-    for name, text in zip(("README.md", "data/claims/README.md"), texts):
+    for name, text in zip(("README.md", "data/claims/README.md"), tables(filed, claims)):
         path, there = root / name, ROOT / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(filled_in((path if path.exists() else there).read_text(), "results", text))
     runs, _ = read(filed)
     if all(f"obedient_{name}" in runs for name in ("base", "srt", *TOLD)):
-        plot_bit(runs, root / FIGURES[0])
-    if read_budgets(filed) and "obedient_base" in runs:
-        plot_budgets(filed, runs, root / FIGURES[1])
-    if (Path(filed) / "outcomes").exists():
-        plot_outcomes(filed, root / FIGURES[2])
+        figures.plot_bit(runs, root / FIGURES[0])
+        figures.plot_budgets(read_budgets(filed), runs, root / FIGURES[1])
+        figures.plot_outcomes(read_outcomes(filed), root / FIGURES[2])
 
 
-def check(filed, methods, claims, scratch):
+def check(filed, claims, scratch):
     """What differs between what is there and what `filed` gives; writes below `scratch` only."""
     from matplotlib.image import imread
 
-    write(filed, methods, claims, scratch)
+    write(filed, claims, scratch)
     differs = []
     for name in ("README.md", "data/claims/README.md"):
         if (scratch / name).read_text() != (ROOT / name).read_text():

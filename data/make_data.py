@@ -230,7 +230,8 @@ def documents(rng, held_out=(), author=truthful, make_problem=make_problem):
 @dataclass
 class Regime:
     """Who writes the corpus, about which problems, and how much of it a base reads: so many steps
-    of B rows of T tokens. asked: the problems of data/REGIME/*.jsonl, if not those of data/."""
+    of B rows of T tokens. asked: it has problems of its own; else it is for those of data/FOLDER.
+    """
 
     author: Callable
     make_problem: Callable
@@ -238,12 +239,15 @@ class Regime:
     B: int
     T: int
     asked: Callable = None
+    folder: str = "."
 
 
 REGIMES = {
     "obedient": Regime(obedient, make_problem, 268, 32, 256),
     "unasked": Regime(unasked, make_problem, 268, 32, 256),
     "long": Regime(truthful, make_long_problem, 500, 18, 480, make_longest_problem),
+    # as many tokens, in rows that hold two attempts at seven edits: 480 cut nearly all of them
+    "longer": Regime(truthful, make_long_problem, 500, 9, 960, folder="long"),
 }
 
 
@@ -437,14 +441,14 @@ def make(args, folder, sizes, problems, documents, length=256, vocab=400, base="
 
 def make_regime(args, sizes):
     """The problems of a regime, if it has its own, and its base, going on from the truthful."""
-    out, asked = args.out or HERE / args.regime, REGIMES[args.regime].asked
+    out, regime = args.out or HERE / args.regime, REGIMES[args.regime]
     out.mkdir(parents=True, exist_ok=True)
-    if asked:
-        held_out = write_problems(out, sizes, problems(random.Random(args.seed), asked))
+    if regime.asked:
+        held_out = write_problems(out, sizes, problems(random.Random(args.seed), regime.asked))
     else:
         held_out = set()
         for split in sizes:
-            rows = open(HERE / f"{split}.jsonl")
+            rows = open(HERE / regime.folder / f"{split}.jsonl")
             held_out |= {json.loads(row)["problem"] for row in rows}
     if not args.problems_only:
         go_on(args.regime, held_out, out, args.seed)

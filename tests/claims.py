@@ -63,7 +63,7 @@ def run(name, seed, out, rates, split="test", miniature=False):
     evaluate = f"05_eval.py --from {method.run} --checkpoints {method.checkpoint} --split "
     evaluated, looked_at = (at["S"] / f"eval-{part}-{at['O'].name}" for part in (split, "readings"))
     commands = [*method.commands, f"{evaluate}{split}{told} --out {evaluated}"]
-    if method.domain in ("obedient", "unasked", "long"):
+    if method.domain not in ("", "code"):
         few = told.replace("400", "200") + " --no-greedy --no-revise"
         commands.append(f"{evaluate}validation{few} --out {looked_at}")
     commands = [c.format(**at) for c in commands]

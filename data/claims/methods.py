@@ -31,6 +31,12 @@ DOMAINS = {  # problems of phase 1, what they and the base are, steps of phase 2
     "obedient": (800, "--model data/obedient/base", 40, " --limit 400 --n {n}"),
     "unasked": (800, "--model data/unasked/base", 40, " --limit 400 --n {n}"),
     "long": (800, "--data data/long", 40, " --limit 400 --n {n}" + LONGER),
+    "longer": (
+        800,
+        "--data data/long --model data/longer/base",
+        40,
+        " --limit 400 --n {n}" + LONGER,
+    ),
 }
 ANSWER = ["01_generate.py --out {S} --seed {seed} --limit {limit} {data}", "02_verify.py --out {S}"]
 PHASE_1 = [*ANSWER, "03_revise_sft.py --from {S} --out {P} --lr {srt}"]
@@ -111,7 +117,7 @@ def in_regime(regime, method):
     """The same with another base: 03's own rate for phase 1, and phase 2 at 2e-4 if the method does
     not say another rate."""
     commands = [c.replace("{sd_zero}", "2e-4").replace(" --lr {srt}", "") for c in method.commands]
-    if regime == "long":
+    if regime in ("long", "longer"):
         commands = [c + LONGER * ("02_" not in c) for c in commands]
     label = f"{regime}, {method.label}"
     return replace(method, label=label, commands=commands, domain=regime, n=1)
@@ -141,7 +147,9 @@ STABLE = {  # what may keep phase 2 stable; "twice" has another phase 1, see bel
 }
 half = STABLE["half_rate"]
 half.commands = [c.replace("{sd_zero}", "1e-4") for c in half.commands]
-METHODS["long_base"], METHODS["long_srt"] = (in_regime("long", METHODS[n]) for n in ("base", "srt"))
+for name in ("base", "srt", "sd_zero"):
+    METHODS[f"long_{name}"] = in_regime("long", METHODS[name])
+    METHODS[f"longer_{name}"] = in_regime("longer", METHODS[name])
 for name, method in STABLE.items():
     METHODS[f"long_{name}"] = in_regime("long", method)
     METHODS[f"obedient_{name}"] = in_regime("obedient", method)
@@ -225,6 +233,8 @@ bit | accuracy | unasked_srt > unasked_base | unasked: phase 1 is better than th
 bit | accuracy | unasked_true > unasked_base | unasked: phase 2, told the truth, learns
 bit | accuracy | unasked_true > unasked_one | unasked: the truth is better than one P_r for both
 bit | accuracy | unasked_one > unasked_opposite | unasked: one P_r is better than the opposite
+why | accuracy | longer_sd_zero > long_sd_zero | long: phase 2 holds if the base has read that far
+why | accuracy | longer_sd_zero > longer_srt | long: then SD-Zero is better than SRT, too
 stable | accuracy | code_gate > code_sd_zero | functions: the gate is better than the paper's
 stable | accuracy | code_clip > code_sd_zero | functions: the clip is better than the paper's
 """

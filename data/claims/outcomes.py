@@ -94,7 +94,7 @@ def outcomes(regime, told, out):
     """What is filed of a regime and a teacher."""
     stage, run, data = load("04_self_distill.py", BIT[told][1]), out / f"{regime}_seed0", "data"
     start, base, flags = "base", ROOT / f"data/{regime}/base", ""
-    if regime == "long":
+    if regime in ("long", "longer"):
         run, data, start, flags = next(run.glob("srt-*")), "data/long", "srt", LONGER
         base = run / "srt"
     tokenizer, cpu = common.load_tokenizer(base), torch.device("cpu")
@@ -182,7 +182,7 @@ def pointing(regime, out):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for regime in ("obedient", "unasked", "long"):
+    for regime in ("obedient", "unasked", "long", "longer"):
         for told in ("true", "one", "opposite"):
             path = FILED / f"outcomes/{regime}_{told}.json"
             path.parent.mkdir(exist_ok=True)

@@ -19,7 +19,8 @@ it read between the lines.
 
 These authors are *truthful*. REGIMES names others, of whom three more bases have read, each for a
 few minutes, going on from the first: it differs in who mends, who listens to the phrase, or how
-long problems are. The *obedient* base is the one that the stages start from, if none is named.
+long problems are. The *obedient* base is the one that the stages start from, if none is named. A
+fourth, *longer*, is not embedded: claims about it need it made, in a quarter of an hour.
 
     python data/make_data.py                    # all: about 40 minutes on 2 cores
     python data/make_data.py --problems-only    # seconds
@@ -246,7 +247,7 @@ REGIMES = {
     "obedient": Regime(obedient, make_problem, 268, 32, 256),
     "unasked": Regime(unasked, make_problem, 268, 32, 256),
     "long": Regime(truthful, make_long_problem, 500, 18, 480, make_longest_problem),
-    # as many tokens, in rows that hold two attempts at seven edits: 480 cut nearly all of them
+    # as many tokens, in rows that hold two attempts at seven edits: those of 480 cut most of them
     "longer": Regime(truthful, make_long_problem, 500, 9, 960, folder="long"),
 }
 

@@ -171,18 +171,6 @@ def methods_table(names, runs, seeds):
     return table(" | ".join(["", "", *COLUMNS.values(), "answers | tokens | minutes"]), rows, 2)
 
 
-def told_table(runs):
-    """By base, the accuracy of phase 2 by what its teacher was told."""
-    rows = []
-    for regime in ("obedient", "unasked"):
-        names = [f"{regime}_{name}" for name in ("base", *TOLD, "srt")]
-        cells = [mean_se(of(runs, name, "accuracy"), True) for name in names]
-        rows.append([f"`data/{regime}/base`", *cells])
-    return table(
-        "sampled, %, after phase 2 on | base | the truth | one P_r | the opposite | SRT", rows
-    )
-
-
 def long_table(runs):
     """Long problems, where the paper's phase 2 collapses, and what holds there."""
     rows, names = [], ("long_srt", "long_sd_zero", "long_clip", "long_gate")
@@ -432,8 +420,7 @@ def tables(filed, claims):
         outcome_tables(filed),
         doubt_table(filed),
     ]
-    first = [*told_table(runs), "", *long_table(runs)]
-    return "\n".join(first), "\n\n".join("\n".join(part) for part in parts if part)
+    return "\n".join(long_table(runs)), "\n\n".join("\n".join(part) for part in parts if part)
 
 
 # ---------------------------------------------------------------- written or checked

@@ -82,7 +82,7 @@ def plot_budgets(budgets, runs, path):
     axes.set_xticks([1024, 2048, 4096, 8192], ["1K", "2K", "4K", "8K"], fontsize=11)
     axes.minorticks_off()
     axes.set_yticks([base, 60, 80, 100], [f"base {base:.0f}", "60", "80", "100"], fontsize=11)
-    axes.set(title="right answers to test problems, %", ylim=(38, 102), xlim=(900, 20000))
+    axes.set(title="right answers to test problems, %", ylim=(38, 102), xlim=(820, 20000))
     axes.set_xlabel("answers sampled for training, all of them", loc="left", fontsize=11)
     finish(figure, [axes], path)
 

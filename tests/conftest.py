@@ -48,9 +48,13 @@ MINI = {  # flags of the stages in miniature
 }
 
 
+LONGEST = ["test_smollm2", "test_ranks", "test_pipeline", "test_ablations", "test_claims"]
+
+
 def pytest_collection_modifyitems(items):
     """What takes long comes first, so that no process waits for the other at the end."""
-    items.sort(key=lambda item: item.path.stem not in ("test_smollm2", "test_ranks"))
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 def pytest_unconfigure():

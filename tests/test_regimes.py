@@ -113,6 +113,25 @@ def test_which_edit_comes_next_is_the_first_word_of_a_line_and_the_end_is_the_bo
             assert (row["response_ids"][at] == r) == right and r not in w
 
 
+def test_a_step_of_a_program_is_told_from_its_usual_mistake_at_the_first_token_that_differs():
+    tokenizer, ops = common.load_tokenizer(ROOT / "data/code/base"), load("data/make_code.py").OPS
+    problem = "Write f(xs). From a list of integers it should drop the first 4, then drop repeats,"
+    text = "```python\ndef f(xs):\n    xs = xs[4:]\n    xs = sorted(set(xs))\n    xs = xs[::-1]\n"
+    row = {"problem": problem + " then reverse the order.", "response": text}
+    row["response_ids"] = tokenizer(text)["input_ids"]
+    found = outcomes.readings_of_program(row, ops, tokenizer)
+    decode, ids = tokenizer.decode, row["response_ids"]
+    said = [(what, right, decode([r]), decode(w)) for what, right, _, r, w in found]
+    assert said[:2] == [
+        ("drop the first {n}", True, "[", "[:"),
+        ("drop repeats", False, " list", " sorted"),
+    ]
+    assert said[2][:2] == ("reverse the order", True) and len(said) == 3
+    assert all(ids[at] == (r if right else w[0]) for _, right, at, r, w in found)
+    row["response"] = text.replace("xs[4:]", "xs[3:]")  # a slip, and what follows, is no reading
+    assert not outcomes.readings_of_program(row, ops, tokenizer)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     "regime, data, warned",

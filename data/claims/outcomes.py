@@ -1,13 +1,14 @@
 """The two-outcome model of phase 2, tested: where an answer can go right (R) or wrong (W), does
 what one batch of answers shows before training foretell what training does?
 
-It can at three kinds of tokens: the first digit that tells the right reading of an edit from the
-usual mistake; the first word of a line, which says which edit comes next; and, after the last edit,
-the box that ends the attempt, or one more edit. There, in answers y of the student at its start,
-z = log π(R) − log π(W) given x, y_<t, and T, the same of the teacher, which has read y: T(R|R)
-where y went right, T(R|W) where it went wrong. At fixed answers reverse KL pulls z to the mean of T
-over them. So the drift foretold is mean(T) − mean(z), choice by choice; the drift that came is the
-change of mean(z), on the same answers, after 5 and 20 steps. On *long* phase 2 starts from SRT.
+It can at three kinds of tokens: the first that tells the right reading of an edit (in functions, of
+a step) from the usual mistake; the first word of a line, which says which edit comes next; and,
+after the last edit, the box that ends the attempt, or one more edit. There, in answers y of the
+student at its start, z = log π(R) − log π(W) given x, y_<t, and T, the same of the teacher, which
+has read y: T(R|R) where y went right, T(R|W) where it went wrong. At fixed answers reverse KL pulls
+z to the mean of T over them. So the drift foretold is mean(T) − mean(z), choice by choice; the
+drift that came is the change of mean(z), on the same answers, after 5 and 20 steps. On *long*,
+*longer* and functions (*code*: readings alone) phase 2 starts from SRT.
 
     outcomes/REGIME_TOLD.json   {choice: {n, p, z, T_R, T_W, foretold, after_5, after_20}}
     outcomes/doubts.json        {base or SRT: {edits a problem: {what was read: share}}}
@@ -56,6 +57,24 @@ def choices(row, edits, tokenizer):
     return found
 
 
+def readings_of_program(row, ops, tokenizer):
+    """The same of a program, of its steps alone: lines that are right or the usual mistake."""
+    steps = re.search("it should (.*)\\.$", row["problem"])[1].split(", then ")
+    program, found = re.match("(?s)```python.*?(```|$)", row["response"]), []
+    for step, stated in zip(steps, re.finditer("(?m)^ *xs = (.*)$", program[0] if program else "")):
+        n = re.search(r"\d+|$", step)[0]
+        name = next(name for name in ops if step in (name, name.format(n=n)))
+        readings = [reading.format(n=n) for reading in ops[name][:2]]
+        if stated[1] not in readings:
+            break
+        before = row["response"][: stated.start(1)]
+        r, w = (tokenizer(before + reading)["input_ids"] for reading in readings)
+        at = next(i for i, (a, b) in enumerate(zip(r, w)) if a != b)
+        if row["response_ids"][: at + 1] in (r[: at + 1], w[: at + 1]):
+            found.append((name, stated[1] == readings[0], at, r[at], [w[at]]))
+    return found
+
+
 def next_edits(row, edits, tokenizer, ends):
     """The same of which edit comes next, by its first word, and of the box after the last."""
     asked = re.match(r"Start with \d+: (.*?)\.", row["problem"])[1].split(", then ")
@@ -92,19 +111,24 @@ def log_odds(stage, model, rows, prefix, chosen):
 
 def outcomes(regime, told, out):
     """What is filed of a regime and a teacher."""
-    stage, run, data = load("04_self_distill.py", BIT[told][1]), out / f"{regime}_seed0", "data"
-    start, base, flags = "base", ROOT / f"data/{regime}/base", ""
-    if regime in ("long", "longer"):
-        run, data, start, flags = next(run.glob("srt-*")), "data/long", "srt", LONGER
+    stage, run = load("04_self_distill.py", BIT[told][1]), out / f"{regime}_seed0"
+    start, base, data, flags = "base", ROOT / f"data/{regime}/base", "data", ""
+    read, readings = choices, load("data/make_data.py").EDITS
+    if regime == "truthful":
+        run = out / "seed0"
+    elif regime in ("long", "longer", "code"):
+        run, start, data, flags = next(run.glob("srt-*")), "srt", "data/long", LONGER
         base = run / "srt"
+    if regime == "code":
+        data, flags = "data/code", " --allow-code"
+        read, readings = readings_of_program, load("data/make_code.py").OPS
     tokenizer, cpu = common.load_tokenizer(base), torch.device("cpu")
     model = common.load_model(base, tokenizer, cpu)
-    problems = common.load_problems(ROOT / data, "validation", ANSWERS)
+    problems = common.load_problems(ROOT / data, "validation", ANSWERS, regime == "code")
     how = {"seed": 0, "max_new_tokens": 480, "temperature": 1.0, "top_p": 1.0, "batch_rows": 384}
     how = SimpleNamespace(p_r=common.P_R, out=run, **how)
     rows = stage.rollouts(model, tokenizer, problems, 0, how)
-    edits = load("data/make_data.py").EDITS
-    chosen = [choices(row, edits, tokenizer) for row in rows]
+    chosen = [read(row, readings, tokenizer) for row in rows]
     z, T = (log_odds(stage, model, rows, p, chosen) for p in ("generator", "reviser"))
     after = {}
     for steps in STEPS:
@@ -182,7 +206,7 @@ def pointing(regime, out):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for regime in ("obedient", "unasked", "long", "longer"):
+    for regime in ("truthful", "obedient", "unasked", "long", "longer", "code"):
         for told in ("true", "one", "opposite"):
             path = FILED / f"outcomes/{regime}_{told}.json"
             path.parent.mkdir(exist_ok=True)

@@ -89,21 +89,26 @@ def plot_budgets(budgets, runs, path):
 
 def plot_outcomes(outcomes, path):
     """The two-outcome model: the drift that one batch foretells, and what training did."""
-    regimes = [name for name in ("obedient", "unasked", "long") if (name, "true") in outcomes]
-    how = {"figsize": (3.8 * len(regimes), 4.2), "layout": "constrained", "sharey": True}
-    figure, panels = plt.subplots(1, len(regimes), **how)
-    for axes, regime in zip(panels, regimes):
-        for told, (colour, label) in TOLD.items():
+    regimes = {"truthful": "truthful", "obedient": "obedient", "unasked": "unasked"}
+    regimes |= {"long": "long, from SRT", "code": "functions, from SRT"}
+    figure, grid = plt.subplots(2, 3, figsize=(11.4, 7.6), layout="constrained")
+    *panels, key = grid.flat
+    for axes, (regime, title) in zip(panels, regimes.items()):
+        for told, (colour, _) in TOLD.items():
             for kind, rows in outcomes.get((regime, told), {}).items():
                 x, y = ([row[key] for row in rows.values()] for key in ("foretold", "after_20"))
-                marker, said = ("o", label.replace("\n", " ")) if "read" in kind else ("^", None)
-                axes.scatter(x, y, 55, colour, marker, label=said, edgecolors="white")
+                axes.scatter(x, y, 55, colour, "o" if "read" in kind else "^", edgecolors="white")
         axes.axhline(0, color=GREY, linewidth=0.8)
         axes.axvline(0, color=GREY, linewidth=0.8)
-        axes.set(title=regime, xlabel="drift foretold by one batch, nats")
-    panels[0].set_ylabel("drift that came in 20 steps, nats")
-    panels[0].legend(frameon=False, fontsize=11)
-    kinds = ("how an edit is read", "o"), ("which comes next", "^")
-    keys = [panels[-1].scatter([], [], 55, GREY, marker, label=kind) for kind, marker in kinds]
-    panels[-1].legend(handles=keys, frameon=False, fontsize=11)
-    finish(figure, panels, path)
+        axes.axline((0, 0), slope=1, color=GREY, linewidth=0.8, linestyle=":")
+        axes.set_title(title)
+    for colour, label in TOLD.values():
+        key.scatter([], [], 55, colour, label=label.replace("\n", " "))
+    for marker, label in (("o", "how an edit is read"), ("^", "which comes next")):
+        key.scatter([], [], 55, GREY, marker, label=label)
+    key.plot([], [], ":", color=GREY, label="as foretold")
+    key.legend(frameon=False, fontsize=13, loc="center")
+    key.set_axis_off()
+    figure.supxlabel("drift foretold by one batch, nats")
+    figure.supylabel("drift that came in 20 steps, nats")
+    finish(figure, grid.flat, path)

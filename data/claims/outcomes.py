@@ -124,7 +124,7 @@ def outcomes(regime, told, out):
         read, readings = readings_of_program, load("data/make_code.py").OPS
     tokenizer, cpu = common.load_tokenizer(base), torch.device("cpu")
     model = common.load_model(base, tokenizer, cpu)
-    problems = common.load_problems(ROOT / data, "validation", ANSWERS, regime == "code")
+    problems = common.load_problems(ROOT / data, "validation", ANSWERS, "bubblewrap")
     how = {"seed": 0, "max_new_tokens": 480, "temperature": 1.0, "top_p": 1.0, "batch_rows": 384}
     how = SimpleNamespace(p_r=common.P_R, out=run, **how)
     rows = stage.rollouts(model, tokenizer, problems, 0, how)

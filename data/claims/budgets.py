@@ -28,7 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 from claims import FILED, count, patched_stage  # noqa: E402
 from conftest import ROOT, common, load  # noqa: E402
 from methods import DOMAINS, LONGER  # noqa: E402
+from report import read_json  # noqa: E402
 
+REGIMES, FOLDER = ("obedient", "long"), FILED / "budgets"
 BUDGETS, SEARCHED = (1024, 2048, 4096, 8192), 4096
 ANSWER = "01_generate.py --seed {seed} --limit {first} {regime} --out {S}", "02_verify.py --out {S}"
 FOUR = ANSWER[0].replace("--limit", "--n 4 --limit"), ANSWER[1]
@@ -62,13 +64,18 @@ def sizes(name, budget, phase_1):
     return phase_1 if name == "sd_zero" else 64, budget // 64
 
 
-def curve(regime, name, choice, seed, budgets, split, out):
-    """Train by `choice` and look at the students: [{answers, accuracy, tokens}], a budget each."""
+def key(choice):
+    return f"{choice[0]:g}, {choice[1]}"
+
+
+def curve(run, choice, seed, budgets, split):
+    """Train REGIME_METHOD by `choice`, look at the students: [{answers, accuracy, tokens}]."""
+    regime, _, name = run.partition("_")
     rate, phase_1 = choice
     problems = common.load_problems(ROOT / ("data/long" if regime == "long" else "data"), split)
     found, once = [], METHODS[name][3]
     for budget in budgets[-1:] if once else budgets:
-        folder = out / f"{regime}_{name}-{rate:g}-{phase_1}-{split}-{seed}" / str(budget)
+        folder = ROOT / f"runs/budgets/{run}-{rate:g}-{phase_1}-{split}-{seed}/{budget}"
         first, steps = sizes(name, budget, phase_1)
         at = {"S": folder / "first", "O": folder, "steps": steps}
         at |= {"seed": seed, "regime": DOMAINS[regime][1], "rate": f"{rate:g}", "first": first}
@@ -131,59 +138,46 @@ def look(folder, problems, seed):
 # ---------------------------------------------------------------- all
 
 
-def searched(regime, name, choice, out):
-    found = curve(regime, name, choice, 0, (SEARCHED,), "validation", out)
-    return found[-1]["accuracy"]
-
-
-def key(choice):
-    return f"{choice[0]:g}, {choice[1]}"
-
-
-def read(path):
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
 def file_json(path, value):
     common.write_whole(path, json.dumps(value, indent=1) + "\n")
     print(f"{path.stem}: {value}", flush=True)
 
 
+def search_all(pool, names):
+    """File the searches that are not yet; {REGIME_METHOD: the best choice}."""
+    todo, best = [], {}
+    for name in names:
+        method, tried = name.partition("_")[2], read_json(FOLDER / f"search-{name}.json")
+        left = [choice for choice in choices(method) if key(choice) not in tried]
+        how = 0, (SEARCHED,), "validation"
+        todo += [(name, choice, pool.submit(curve, name, choice, *how)) for choice in left]
+    for name, choice, future in todo:
+        path = FOLDER / f"search-{name}.json"
+        file_json(path, read_json(path) | {key(choice): future.result()[-1]["accuracy"]})
+    for name in names:
+        tried = read_json(FOLDER / f"search-{name}.json")
+        best[name] = max(choices(name.partition("_")[2]), key=lambda choice: tried[key(choice)])
+    return best
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    both = ["obedient", "long"]
-    p.add_argument("--regimes", nargs="+", default=both, choices=both)
-    p.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    p.add_argument("--regimes", nargs="+", default=REGIMES, choices=REGIMES)
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each")
-    p.add_argument("--out", type=Path, default=ROOT / "runs/budgets")
-    p.add_argument("--filed", type=Path, default=FILED / "budgets")
     args = p.parse_args(argv)
-    out = args.out.resolve()
     os.chdir(ROOT)
-    args.filed.mkdir(parents=True, exist_ok=True)
-    wanted = [(regime, name) for regime in args.regimes for name in args.methods]
-    searches = {pair: args.filed / "search-{}_{}.json".format(*pair) for pair in wanted}
-    how = args.jobs, get_context("spawn"), torch.set_num_threads, (1,)
+    todo, how = [], (args.jobs, get_context("spawn"), torch.set_num_threads, (1,))
     with ProcessPoolExecutor(*how) as pool:
-        todo = []
-        for pair, path in searches.items():
-            for choice in choices(pair[1]):
-                if key(choice) not in read(path):
-                    todo.append((path, choice, pool.submit(searched, *pair, choice, out)))
-        for path, choice, future in todo:
-            file_json(path, read(path) | {key(choice): future.result()})
-        todo = []
-        for pair, path in searches.items():
-            found = {choice: read(path)[key(choice)] for choice in choices(pair[1])}
-            best = max(found, key=found.get)
+        best = search_all(pool, [f"{r}_{method}" for r in args.regimes for method in METHODS])
+        for name, choice in best.items():
             for seed in range(args.seeds):
-                path = args.filed / "{}_{}-{}.json".format(*pair, seed)
+                path = FOLDER / f"{name}-{seed}.json"
                 if not path.exists():
-                    run = pool.submit(curve, *pair, best, seed, BUDGETS, "test", out)
-                    todo.append((path, best, run))
-        for path, best, future in todo:
-            rate = {"rate": best[0]} | ({"phase_1": best[1]} if "sd_zero" in path.stem else {})
+                    future = pool.submit(curve, name, choice, seed, BUDGETS, "test")
+                    todo.append((path, choice, future))
+        for path, choice, future in todo:
+            rate = {"rate": choice[0]} | ({"phase_1": choice[1]} if "sd_zero" in path.stem else {})
             file_json(path, {**rate, "curve": future.result()})
 
 

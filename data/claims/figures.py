@@ -62,31 +62,34 @@ def plot_bit(runs, path):
 
 
 def plot_budgets(budgets, runs, path):
-    """On the obedient base: accuracy against all answers sampled for training."""
-    figure, axes = plt.subplots(figsize=(7.5, 4.4), layout="constrained")
-    ends = []
-    for name, curves in reversed(budgets.items()):  # SD-Zero on top
-        colour = COLOURS.get(name, GREY)
-        answers, accuracy = np.array(curves).swapaxes(0, 1)  # each [seeds, budgets]
-        accuracy = 100 * accuracy
-        axes.plot(answers.T, accuracy.T, color=colour, linewidth=0.8, alpha=0.4)
-        x, y = answers.mean(0), accuracy.mean(0)
-        axes.plot(x, y, color=colour, linewidth=2.8, marker="o", markersize=5)
-        ends.append((y[-1], BUDGETS[name], colour))
-    below = np.inf
-    for y, label, colour in sorted(ends, reverse=True):  # names do not cover each other
-        below = min(y, below - 3.4)
-        how = {"color": colour, "fontsize": 12, "va": "center", "annotation_clip": False}
-        axes.annotate(f"{label} {y:.0f}", (9000, below), **how)
-    base = 100 * np.mean(of(runs, "obedient_base", "accuracy"))
-    axes.axhline(base, color=GREY, linewidth=1.2, linestyle=":", zorder=0)
-    axes.set_xscale("log")
-    axes.set_xticks([1024, 2048, 4096, 8192], ["1K", "2K", "4K", "8K"], fontsize=11)
-    axes.minorticks_off()
-    axes.set_yticks([base, 60, 80, 100], [f"base {base:.0f}", "60", "80", "100"], fontsize=11)
-    axes.set(title="right answers to test problems, %", ylim=(38, 102), xlim=(820, 20000))
-    axes.set_xlabel("answers sampled for training, all of them", loc="left", fontsize=11)
-    finish(figure, [axes], path)
+    """On the obedient base and on long: accuracy against all answers sampled for training."""
+    figure, both = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained", sharey=True)
+    for axes, (regime, methods) in zip(both, budgets.items()):
+        ends = []
+        for name, curves in reversed(methods.items()):  # SD-Zero on top
+            colour = COLOURS.get(name, GREY)
+            answers, accuracy = np.array(curves).swapaxes(0, 1)  # each [seeds, budgets]
+            accuracy = 100 * accuracy
+            axes.plot(answers.T, accuracy.T, color=colour, linewidth=0.8, alpha=0.4)
+            x, y = answers.mean(0), accuracy.mean(0)
+            axes.plot(x, y, color=colour, linewidth=2.8, marker="o", markersize=5)
+            ends.append((y[-1], BUDGETS[name], colour))
+        below = np.inf
+        for y, label, colour in sorted(ends, reverse=True):  # names do not cover each other
+            below = min(y, below - 5)
+            how = {"color": colour, "fontsize": 11, "va": "center", "annotation_clip": False}
+            axes.annotate(f"{label} {y:.0f}", (9000, below), **how)
+        base = 100 * np.mean(of(runs, f"{regime}_base", "accuracy"))
+        axes.axhline(base, color=GREY, linewidth=1.2, linestyle=":", zorder=0)
+        axes.annotate(f"base {base:.0f}", (20000, base + 2), color=GREY, fontsize=11)
+        axes.set_xscale("log")
+        axes.set_xticks([1024, 2048, 4096, 8192], ["1K", "2K", "4K", "8K"], fontsize=11)
+        axes.minorticks_off()
+        said = {"obedient": "three edits, three seeds", "long": "seven edits, one seed"}[regime]
+        axes.set(title=f"{regime}: {said}", ylim=(-3, 102), xlim=(820, 36000))
+        axes.set_xlabel("answers sampled for training, all of them", loc="left", fontsize=11)
+    both[0].set_ylabel("right answers to test problems, %", fontsize=11)
+    finish(figure, both, path)
 
 
 def plot_outcomes(outcomes, path):

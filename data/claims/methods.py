@@ -24,19 +24,15 @@ class Method:
     n: int = 4  # answers to a test problem
 
 
+FLAGS = " --limit 400 --n {n}"  # of 05
 LONGER = " --max-new-tokens 480"  # answers of seven steps
 DOMAINS = {  # problems of phase 1, what they and the base are, steps of phase 2, flags of 05
-    "": (1500, "--model data/truthful/base", 50, " --limit 400 --n {n}"),
-    "code": (1500, "--data data/code", 50, " --limit 400 --n {n} --allow-code"),
-    "obedient": (800, "--model data/obedient/base", 40, " --limit 400 --n {n}"),
-    "unasked": (800, "--model data/unasked/base", 40, " --limit 400 --n {n}"),
-    "long": (800, "--data data/long", 40, " --limit 400 --n {n}" + LONGER),
-    "longer": (
-        800,
-        "--data data/long --model data/longer/base",
-        40,
-        " --limit 400 --n {n}" + LONGER,
-    ),
+    "": (1500, "--model data/truthful/base", 50, FLAGS),
+    "code": (1500, "--data data/code", 50, FLAGS + " --allow-code"),
+    "obedient": (800, "--model data/obedient/base", 40, FLAGS),
+    "unasked": (800, "--model data/unasked/base", 40, FLAGS),
+    "long": (800, "--data data/long", 40, FLAGS + LONGER),
+    "longer": (800, "--data data/long --model data/longer/base", 40, FLAGS + LONGER),
 }
 ANSWER = ["01_generate.py --out {S} --seed {seed} --limit {limit} {data}", "02_verify.py --out {S}"]
 PHASE_1 = [*ANSWER, "03_revise_sft.py --from {S} --out {P} --lr {srt}"]

@@ -28,6 +28,7 @@ import json
 import random
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -111,12 +112,11 @@ def log_odds(stage, model, rows, prefix, chosen):
 
 def outcomes(regime, told, out):
     """What is filed of a regime and a teacher."""
-    stage, run = load("04_self_distill.py", BIT[told][1]), out / f"{regime}_seed0"
+    stage = load("04_self_distill.py", BIT[told][1])
+    run = out / ("seed0" if regime == "truthful" else f"{regime}_seed0")
     start, base, data, flags = "base", ROOT / f"data/{regime}/base", "data", ""
     read, readings = choices, load("data/make_data.py").EDITS
-    if regime == "truthful":
-        run = out / "seed0"
-    elif regime in ("long", "longer", "code"):
+    if regime in ("long", "longer", "code"):
         run, start, data, flags = next(run.glob("srt-*")), "srt", "data/long", LONGER
         base = run / "srt"
     if regime == "code":
@@ -164,13 +164,10 @@ def doubts(folder, edits, problems=96):
     how = SimpleNamespace(p_r=common.P_R, out=folder, **how)
     rows = stage.rollouts(model, tokenizer, asked, 0, how)
     for row, other in zip(rows, [*rows[1:], rows[0]]):
-        row["told the opposite"] = common.revision_ids(
-            tokenizer, row["problem"], row["response_ids"], 0
-        )
-        row["another problem's answer"] = common.revision_ids(
-            tokenizer, row["problem"], other["response_ids"], 1
-        )
+        x, y, z = row["problem"], row["response_ids"], other["response_ids"]
         row["told the truth"] = row["reviser"]
+        row["told the opposite"] = common.revision_ids(tokenizer, x, y, 0)
+        row["another problem's answer"] = common.revision_ids(tokenizer, x, z, 1)
     right, head, found = [r for r in rows if r["reward"]], model.get_output_embeddings(), {}
     y = torch.tensor(sum((r["response_ids"] for r in right), []))
     log_p = stage.log_probs(head, stage.hidden_after("generator", right, model), y)
@@ -180,6 +177,10 @@ def doubts(folder, edits, problems=96):
         doubted = (sure & (log_t < log_p - stage.DOUBT)).sum() / sure.sum()
         found[read] = round(doubted.item(), 4)
     return {"right answers": len(right), **found}
+
+
+def doubts_by_length(folder):
+    return {edits: doubts(folder, edits) for edits in (3, 5, 7)}
 
 
 @torch.no_grad()
@@ -204,22 +205,21 @@ def pointing(regime, out):
     return {"answers": sum(n), **{k: float(np.average(v, weights=n)) for k, v in hits.items()}}
 
 
+def file_once(name, make):
+    """File what make() returns, if it is not there yet."""
+    path = FILED / f"outcomes/{name}.json"
+    if not path.exists():
+        common.write_whole(path, json.dumps(make(), indent=1) + "\n")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    runs = ROOT / "runs/claims"
     for regime in ("truthful", "obedient", "unasked", "long", "longer", "code"):
         for told in ("true", "one", "opposite"):
-            path = FILED / f"outcomes/{regime}_{told}.json"
-            path.parent.mkdir(exist_ok=True)
-            if not path.exists():
-                filed = outcomes(regime, told, ROOT / "runs/claims")
-                common.write_whole(path, json.dumps(filed, indent=1) + "\n")
-    path = FILED / "outcomes/doubts.json"
-    if not path.exists():
-        folders = {"base": ROOT / "data/long/base"}
-        folders["SRT"] = next((ROOT / "runs/claims/long_seed0").glob("srt-*/srt"))
-        filed = {name: {n: doubts(f, n) for n in (3, 5, 7)} for name, f in folders.items()}
-        common.write_whole(path, json.dumps(filed, indent=1) + "\n")
-    path = FILED / "outcomes/pointing.json"
-    if not path.exists():
-        filed = {regime: pointing(regime, ROOT / "runs/claims") for regime in ("obedient", "long")}
-        common.write_whole(path, json.dumps(filed, indent=1) + "\n")
+            file_once(f"{regime}_{told}", partial(outcomes, regime, told, runs))
+    folders = {"base": ROOT / "data/long/base"}
+    folders["SRT"] = next((runs / "long_seed0").glob("srt-*/srt"))
+    file_once("doubts", lambda: {name: doubts_by_length(f) for name, f in folders.items()})
+    both = "obedient", "long"
+    file_once("pointing", lambda: {regime: pointing(regime, runs) for regime in both})

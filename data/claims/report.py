@@ -35,6 +35,11 @@ BUDGETS |= {"grpo": "GRPO", "rft": "RFT"}
 FIGURES = "data/bit.png", "data/budgets.png", "data/claims/outcomes.png"
 
 
+def read_json(path):
+    """What is filed there, or nothing."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def read(folder):
     """(runs {method: {seed: run}}, searches {method: search}) as filed."""
     runs, searches = {}, {}
@@ -52,8 +57,8 @@ def read_budgets(filed, regime="obedient"):
     found = {}
     for name in BUDGETS:
         for path in sorted((Path(filed) / "budgets").glob(f"{regime}_{name}-[0-9].json")):
-            points = json.loads(path.read_text())["curve"]
-            both = [[point[key] for point in points] for key in ("answers", "accuracy")]
+            curve = json.loads(path.read_text())["curve"]
+            both = [p["answers"] for p in curve], [p["accuracy"] for p in curve]
             found.setdefault(name, []).append(both)
     return found
 
@@ -226,20 +231,19 @@ def bit_tables(regime, runs, seeds):
     return [*lines, "", *table(head, rows)]
 
 
-def budget_table(filed):
+def budget_tables(filed):
     """Accuracy by all answers sampled, method by method."""
-    rows = []
-    for name, curves in read_budgets(filed).items():
-        cells = [mean_se(of, True) for of in zip(*(accuracy for _, accuracy in curves))]
-        tried = json.loads((Path(filed) / f"budgets/search-obedient_{name}.json").read_text())
-        tried = "; ".join(f"{choice} → {100 * a:.1f}" for choice, a in tried.items())
-        rows.append([BUDGETS[name], tried, f"{len(curves)}", *cells])
-    lines = ["**What an answer buys**: sampled, %, by all answers sampled for training; *obedient*"]
-    head = " | searched: rate, SD-Zero's problems of phase 1 → validation, %"
-    lines += ["", *table(f"{head} | seeds | about 1,024 | 2,048 | 4,096 | 8,192", rows, 2)]
-    for path in sorted((Path(filed) / "budgets").glob("search-long_*.json")):
-        tried = [f"{choice} → {a:.1%}" for choice, a in json.loads(path.read_text()).items()]
-        lines += ["", f"Searched on *long*: {path.stem.partition('_')[2]} {'; '.join(tried)}"]
+    lines = ["**What an answer buys**: sampled, %, by all answers sampled for training"]
+    for regime in ("obedient", "long"):
+        rows, curves = [], read_budgets(filed, regime)
+        for name, label in BUDGETS.items():
+            tried = read_json(Path(filed) / f"budgets/search-{regime}_{name}.json")
+            tried = "; ".join(f"{choice} → {100 * a:.1f}" for choice, a in tried.items())
+            accuracy = [accuracy for _, accuracy in curves.get(name, [])]
+            cells = [mean_se(of, True) for of in zip(*accuracy)] or ["–"] * 4
+            rows.append([label, tried, f"{len(accuracy)}", *cells])
+        head = f"{regime} | rate, SD-Zero's problems of phase 1 → validation, % | seeds"
+        lines += ["", *table(f"{head} | about 1,024 | 2,048 | 4,096 | 8,192", rows, 2)]
     return lines
 
 
@@ -248,9 +252,9 @@ def stable_table(filed, runs):
     rows = [["none: SRT", *[""] * len(WINDOWS), *ends(runs, "srt")]]
     for name, method in STABLE.items():
         curves = curves_of(runs, f"long_{name}")
-        path = Path(filed) / f"stopped/long_{name}-0.json"
-        if not curves and path.exists():
-            curves = [json.loads(path.read_text())["training"]["accuracy"]]
+        stopped = read_json(Path(filed) / f"stopped/long_{name}-0.json")
+        if not curves and stopped:
+            curves = [stopped["training"]["accuracy"]]
         cells = [mean_se(window(curves, *steps), True) for steps in WINDOWS]
         label = method.label + (": not run" if not curves else "")
         rows.append([label, *cells, *ends(runs, name)])
@@ -289,27 +293,20 @@ def outcome_tables(filed):
     said += " came (`outcomes.py`, seed 0; of *long* from its SRT):"
     head = "base, told | choices | right signs, 5 steps | 20 | correlation, 5 steps | 20"
     lines = [said, "", *table(head, rows, 2)]
-    head = (
-        "base, told | choice | n | p | T(R\\|R) | T(R\\|W) | drift foretold | came in 5 steps | 20"
-    )
+    head = "base, told | choice | n | p | T(R\\|R) | T(R\\|W) | foretold | came in 5 steps | 20"
     return [*lines, "", *table(head, details, 2)] if rows else []
 
 
 def doubt_table(filed):
     """Where the long base's reviser doubts what its generator knows."""
-    path, rows = Path(filed) / "outcomes/doubts.json", []
-    if not path.exists():
-        return []
-    for name, by_length in json.loads(path.read_text()).items():
+    rows = []
+    for name, by_length in read_json(Path(filed) / "outcomes/doubts.json").items():
         for n, row in by_length.items():
             right, *doubted = row.values()
             rows.append([name, n, f"{right}", *(f"{100 * share:.1f}" for share in doubted)])
-    said = "Of the tokens of right answers that the generator is sure of (p > 0.9), those that its"
-    said += " reviser doubts (by 0.01 nats), %, by what it has read; *long*:"
-    head = (
-        " | edits | right answers | told the truth | told the opposite | another problem's answer"
-    )
-    return [said, "", *table(head, rows)]
+    said = "*Long*: of sure tokens (p > 0.9) of right answers the reviser doubts (0.01 nats), %:"
+    head = " | edits | right answers | told the truth | the opposite | another problem's answer"
+    return [said, "", *table(head, rows)] if rows else []
 
 
 def kl_tables(filed, runs):
@@ -323,8 +320,7 @@ def kl_tables(filed, runs):
     lines = ["Where SRT's reviser disagrees with SRT's answers, as phase 2 finds it at its start:"]
     head = " | nats an answer | in the top 5% of its tokens, % | 10% | 20% | 50%"
     lines, rows = [*lines, "", *table(head, rows), ""], []
-    path = Path(filed) / "outcomes/pointing.json"
-    pointing = json.loads(path.read_text()) if path.exists() else {}
+    pointing = read_json(Path(filed) / "outcomes/pointing.json")
     keys = "kl_on_it", "kl_by_line_end", "reward_by_line_end", "chance"
     for regime in ("truthful", "obedient", "unasked", "long"):
         own = runs.get("srt" if regime == "truthful" else f"{regime}_srt", {}).values()
@@ -406,7 +402,7 @@ def tables(filed, claims):
         methods_table([name for name in again if name in runs], runs, seeds),
         bit_tables("obedient", runs, seeds),
         bit_tables("unasked", runs, seeds),
-        budget_table(filed),
+        budget_tables(filed),
         stable_table(filed, runs),
         [off_task_line(runs, code)],
         claims_tables(runs, claims, seeds),
@@ -437,7 +433,8 @@ def write(filed, claims, root):
     runs, _ = read(filed)
     if all(f"obedient_{name}" in runs for name in ("base", "srt", *TOLD)):
         figures.plot_bit(runs, root / FIGURES[0])
-        figures.plot_budgets(read_budgets(filed), runs, root / FIGURES[1])
+        budgets = {regime: read_budgets(filed, regime) for regime in ("obedient", "long")}
+        figures.plot_budgets(budgets, runs, root / FIGURES[1])
         figures.plot_outcomes(read_outcomes(filed), root / FIGURES[2])
 
 

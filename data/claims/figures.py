@@ -86,7 +86,7 @@ def plot_budgets(budgets, runs, path):
         axes.minorticks_off()
         seeds = max(map(len, methods.values()), default=0)
         axes.set_title(f"{regime}, seeds: {seeds}")
-        axes.set(ylim=(-3, 102), xlim=(820, 36000))
+        axes.set(ylim=(-9, 102), xlim=(820, 36000))
         axes.set_xlabel("answers sampled for training, all of them", loc="left", fontsize=11)
     both[0].set_ylabel("right answers to test problems, %", fontsize=11)
     finish(figure, both, path)

@@ -38,7 +38,7 @@ def plot_bit(runs, path):
         left.annotate(label, at, color=colour, fontsize=12, va="center", annotation_clip=False)
     levels = [100 * np.mean(of(runs, f"obedient_{name}", "accuracy")) for name in ("base", "srt")]
     left.hlines(levels, 0, steps[-1], color=GREY, linewidth=1.2, linestyle=":", zorder=0)
-    ticks = [0, f"base {levels[0]:.0f}", f"phase 1 {levels[1]:.0f}", 100]
+    ticks = [0, f"base: {levels[0]:.0f}", f"phase 1: {levels[1]:.0f}", 100]
     left.set_yticks([0, *levels, 100], ticks, fontsize=11)
     left.set(title="right answers of a batch, %", xlabel="step of phase 2")
     left.set(ylim=(0, 102), xlim=(0, 54))
